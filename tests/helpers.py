@@ -1,0 +1,123 @@
+"""Tiny models, made-up data, and the worker that every process of test_world_size.py runs."""
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_gpt as T
+
+BASE = dict(VOCAB_SIZE=64, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, ROPE_DIMS=4, XSA_LAST_N=1,
+            BIGRAM_VOCAB_SIZE=40, BIGRAM_DIM=16, VE_DIM=8, VE_LAYERS="1,2", TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=256,
+            EVAL_SEQ_LEN=32, EVAL_STRIDE=8, VAL_BATCH_SIZE=1024, HOLDOUT_TOKENS=256, ITERATIONS=8, WARMUP_STEPS=0,
+            WARMDOWN_ITERS=8, MAX_WALLCLOCK_SECONDS=0, TTT_CHUNK_TOKENS=48, TTT_BATCH_SEQS=2, TTT_ENTROPY_ADAPT=0)
+
+
+def settings(**extra):
+    return T.parse_settings({name: str(value) for name, value in {**BASE, **extra}.items()})
+
+
+def made_up_tokens(count, seed=0, vocab=64):
+    """A learnable stream (count,) int32: each token allows four successors; every other run of 48 tokens repeats one."""
+    random = np.random.default_rng(seed)
+    tokens = np.zeros(count, np.int32)
+    for i in range(1, count):
+        tokens[i] = (5 * tokens[i - 1] + random.integers(4)) % vocab
+    return np.where(np.arange(count) // 48 % 2, 7, tokens)
+
+
+def write_shard(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = T.SHARD_MAGIC, T.SHARD_VERSION, len(tokens)
+    Path(path).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def write_shards(folder):
+    """Two train shards, of 4,000 and 3,000 tokens."""
+    for i, count in enumerate((4000, 3000)):
+        write_shard(Path(folder) / f"fineweb_train_{i:06d}.bin", made_up_tokens(count, seed=i))
+    return folder
+
+
+def byte_tables(vocab=64):
+    """Tokens of 1 to 5 bytes; the first two are boundaries, every third of the others has a leading space."""
+    ids = torch.arange(vocab)
+    boundary = ids < 2
+    return T.ByteTables(torch.where(boundary, 0, 1 + ids % 5).short(), (ids % 3 == 0) & ~boundary, boundary)
+
+
+def random_model(s, seed=0):
+    """A model in which every weight matters: none is zero, none saturates."""
+    model = T.GPT(s)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0 if p.dim() > 1 else 0.5, p.size(-1) ** -0.5 if p.dim() else 0.1, generator=generator)
+    return model
+
+
+def random_batch(rows=4, length=16, seed=0):
+    tokens = torch.randint(64, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def scorer_of(model, s, tokens, cls=T.Scorer):
+    return cls(model, torch.as_tensor(tokens).int(), byte_tables(), s.eval_seq_len, s.val_batch_size // 8)
+
+
+def trainer_of(folder, **extra):
+    """A Trainer on the shards in folder; `steps` collects what each step returns."""
+    trainer = T.Trainer(settings(DATA_PATH=folder, **extra), torch.device("cpu"), T.torch_attention, torch.float32)
+    trainer.steps, step = [], trainer.step
+
+    def recorded(*args, **kwargs):
+        trainer.steps.append(step(*args, **kwargs))
+        return trainer.steps[-1]
+
+    trainer.step = recorded
+    return trainer
+
+
+def snapshot(weights):
+    return [w.detach().clone() for w in weights]
+
+
+TTT_RUNS = dict(muon=dict(TTT_MUON=1), sgd=dict(TTT_MUON=0), frozen=dict(TTT_MUON=1, TTT_FREEZE_BLOCKS=1),
+                sgd_frozen=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=3))
+TTT_ADAPT = dict(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=3.45, TTT_ENTROPY_LOW=3, TTT_EPOCHS=2, TTT_LR=0.01)
+
+
+def worker(rank, world, folder, port):
+    """Train, score and learn while scoring as one of `world` processes; leave what came out in WORLD-RANK.pt."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    T.SMALL = 0  # the tiny banks are rounded as large ones are
+    T.start_processes()
+    trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, WEIGHT_AVERAGE="ema", MATRIX_LR=0.01, BIGRAM_DIM=32)
+    trainer.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)
+    found = dict(steps=torch.stack(trainer.steps), weights=snapshot(trainer.weights))
+    if world > 1:  # start from the very same weights, so that only scoring and learning are compared
+        T.copy_weights(trainer.weights, torch.load(f"{folder}/1-0.pt", weights_only=False)["weights"])
+
+    tokens = made_up_tokens(5 * 48 + 21, seed=9)  # five chunks of three sequences and a short last one
+    for stride in (32, 5):
+        found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_all(stride)
+    for name, extra in TTT_RUNS.items():
+        s = settings(EVAL_STRIDE=24, **TTT_ADAPT, **extra)
+        with T.undone(trainer.weights):
+            scorer, learner = scorer_of(trainer.model, s, tokens), T.Learner(trainer.model, s)
+            _, records = T.score_first_ttt(scorer, learner, s)
+            found[name] = dict(records=records, after=scorer.score_all(7), weights=snapshot(trainer.weights))
+
+    def fail_on_the_last():
+        if rank == world - 1:
+            raise T.RunError(f"rank {rank} failed")
+
+    try:
+        T.together(fail_on_the_last)
+    except T.RunError as e:
+        found["error"] = str(e)
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,310 @@
+"""Every target is scored once, and weights learn only from what has been scored."""
+import math
+from itertools import product
+
+import pytest
+import torch
+
+import train_gpt as T
+from helpers import byte_tables, made_up_tokens, random_batch, random_model, scorer_of, settings, snapshot
+
+
+class PerTarget(T.Scorer):
+    """A Scorer that also keeps the nll of each target, found window by window."""
+
+    @torch.no_grad()
+    def score(self, plan, *args):
+        if not hasattr(self, "nll"):
+            self.nll = torch.full((self.targets,), math.nan, dtype=torch.float64)
+        for start, begin, end in plan.tolist():
+            assert self.nll[begin:end].isnan().all()  # none is scored twice
+            tokens = self.tokens[None, start:start + self.window + 1].long()
+            nll = self.model(tokens[:, :-1], tokens[:, 1:])[0]
+            self.nll[begin:end] = nll[begin - start:end - start].double()
+        return super().score(plan, *args)
+
+
+def changed(tokens, i):
+    """The tokens, with another one at i."""
+    tokens = torch.as_tensor(tokens).clone()
+    tokens[i] = (tokens[i] + 11) % 64
+    return tokens
+
+
+def same(weights, others):
+    return all(torch.equal(w, v) for w, v in zip(weights, others, strict=True))
+
+
+# Windows
+
+@pytest.mark.parametrize("window", [1, 2, 16, 33])
+def test_every_target_is_scored_once(window):
+    for n, stride in product((1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 100, 101), (1, 2, 3, 7, 16, 33)):
+        plan, scored = T.plan_windows(n, window, stride).tolist() if stride <= window else [], []
+        for i, (start, begin, end) in enumerate(plan):
+            assert 0 <= start <= begin < end <= n
+            if i == 0:
+                assert (start, begin, end) == (0, 0, min(window, n))
+            else:
+                assert end == start + window  # a later window scores its last targets,
+                assert begin - start >= window - stride  # so that each has this much context,
+                if i < len(plan) - 1:
+                    assert (start % stride, end - begin) == (0, stride)  # `stride` of them, but for the last
+            scored += range(begin, end)
+        assert scored == list(range(n)) or stride > window
+
+
+def test_windows_of_known_streams():
+    assert T.plan_windows(10, 4, 2).tolist() == [[0, 0, 4], [2, 4, 6], [4, 6, 8], [6, 8, 10]]
+    assert T.plan_windows(11, 4, 3).tolist() == [[0, 0, 4], [3, 4, 7], [6, 7, 10], [7, 10, 11]]
+    assert T.plan_windows(8, 4, 4).tolist() == [[0, 0, 4], [4, 4, 8]]
+    assert T.plan_windows(3, 4, 2).tolist() == [[0, 0, 3]]
+
+
+@pytest.mark.parametrize("n, stride", [(20, 8), (32, 8), (33, 32), (100, 5), (101, 8)])
+def test_totals_are_those_of_each_window_on_its_own(n, stride):
+    s, tokens = settings(), torch.as_tensor(made_up_tokens(n + 1))
+    scorer = scorer_of(random_model(s), s, tokens, PerTarget)
+    score = scorer.score_all(stride)
+    assert score.nats == pytest.approx(scorer.nll.sum().item(), rel=1e-6)
+    tables, size = byte_tables(), 0
+    for before, token in zip(tokens[:-1], tokens[1:]):
+        size += tables.base_bytes[token].item()
+        size += tables.has_leading_space[token].item() and not tables.is_boundary[before].item()
+    assert score[1:] == (n, size)
+    assert score.val_loss == pytest.approx(score.nats / n)
+    assert score.val_bpb == pytest.approx(score.nats / math.log(2) / size)
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    s, tokens = settings(), torch.as_tensor(made_up_tokens(110))
+    model = random_model(s)
+    scores = [T.Scorer(model, tokens, byte_tables(), 32, batch_tokens).score_all(5) for batch_tokens in (1, 96, 224, 4096)]
+    for score in scores[1:]:
+        assert score == pytest.approx(scores[0], rel=1e-6)
+
+
+def test_batches_have_one_shape():
+    shapes = set()
+
+    def forward(x, y):
+        shapes.add(tuple(x.shape))
+        return torch.zeros(x.shape)
+
+    T.Scorer(forward, torch.zeros(110, dtype=torch.int32), byte_tables(), 32, 4 * 32).score_all(5)
+    assert shapes == {(4, 32)}
+
+
+@pytest.mark.parametrize("i", [0, 1, 5, 31, 32, 33, 77, 99, 100])
+def test_a_later_token_changes_no_score(i):
+    s, tokens, nll = settings(), made_up_tokens(101), []
+    for stream in (tokens, changed(tokens, i)):
+        scorer = scorer_of(random_model(s), s, stream, PerTarget)
+        scorer.score_all(5)
+        nll.append(scorer.nll)
+    before = max(i - 1, 0)  # target i - 1 is token i
+    assert torch.equal(nll[0][:before], nll[1][:before])
+    assert (nll[0][before:] != nll[1][before:]).any()
+
+
+# Chunks
+
+class Spy(T.Learner):
+    """A Learner that learns nothing, and writes down what it is asked to."""
+
+    def learn(self, tokens, epochs, lr):
+        self.events.append((tokens.tolist(), epochs, lr))
+
+
+def spied(n, **extra):
+    """What happens on a stream whose token i is i: [targets scored] and (tokens learnt from, epochs, lr), in order; the
+    score; the record of each chunk."""
+    s, events = settings(**extra), []
+
+    class SpyScorer(T.Scorer):
+        def score(self, plan, *args):
+            events.append([i for _, begin, end in plan.tolist() for i in range(begin, end)])
+            return super().score(plan, *args)
+
+    spy = Spy(T.GPT(s), s)
+    spy.events = events
+    scorer = SpyScorer(lambda x, y: torch.ones(x.shape), torch.arange(n + 1).int(), byte_tables(n + 1), s.eval_seq_len, 128)
+    return events, *T.score_first_ttt(scorer, spy, s)
+
+
+@pytest.mark.parametrize("n", [33, 64, 97, 150, 193])
+@pytest.mark.parametrize("chunk", [16, 40, 64])
+@pytest.mark.parametrize("window, stride", [(32, 8), (32, 5), (32, 32), (8, 1), (100, 8), (200, 60)])
+def test_weights_learn_only_from_what_was_scored(n, chunk, window, stride):
+    events, total, records = spied(n, EVAL_SEQ_LEN=window, EVAL_STRIDE=stride, TTT_CHUNK_TOKENS=chunk)
+    scored, learnt = [], []
+    for event in events:
+        if isinstance(event, list):
+            scored += event
+        else:
+            tokens = event[0]
+            assert set(tokens[1:]) <= {i + 1 for i in scored}  # target i is token i + 1
+            learnt += tokens[1:]
+    chunks = math.ceil(n / chunk)
+    assert scored == list(range(n))
+    assert learnt == list(range(1, (chunks - 1) * chunk + 1))  # all chunks but the last, each once, in order
+    assert len(records) == chunks
+    assert total == sum((score for score, _ in records), T.Score())
+    assert total.tokens == n
+    assert [epochs for _, epochs in records] == [3] * (chunks - 1) + [0]
+
+
+def test_a_window_belongs_to_the_chunk_of_the_first_target_it_scores():
+    events, *_ = spied(100, EVAL_SEQ_LEN=32, EVAL_STRIDE=10, TTT_CHUNK_TOKENS=40)
+    scored = [event for event in events if isinstance(event, list)]
+    assert scored == [list(range(42)), list(range(42, 82)), list(range(82, 100))]
+
+
+def test_learning_rate_falls_as_a_cosine():
+    events, *_ = spied(200, TTT_CHUNK_TOKENS=40, TTT_LR=0.5)
+    rates = [event[2] for event in events if isinstance(event, tuple)]
+    assert rates == pytest.approx([0.5, 0.25 * (1 + 0.5 ** 0.5), 0.25, 0.25 * (1 - 0.5 ** 0.5)])
+
+
+@pytest.mark.parametrize("epochs, expected", [(3, (2, 3, 4)), (1, (1, 1, 2))])
+def test_hard_chunks_get_an_epoch_more_and_easy_ones_one_less(epochs, expected):
+    s = settings(TTT_EPOCHS=epochs, TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_LOW=1.75, TTT_ENTROPY_HIGH=2.1)
+    assert tuple(T.chunk_epochs(s, loss, late=False) for loss in (1.7, 1.8, 2.2)) == expected
+    assert tuple(T.chunk_epochs(s, loss, late=True) for loss in (1.7, 1.8, 2.2)) == (expected[0], epochs, epochs)
+    for s, loss in ((s, 1.75), (s, 2.1), (settings(TTT_EPOCHS=epochs), 1), (settings(TTT_EPOCHS=epochs), 3)):
+        assert T.chunk_epochs(s, loss, late=False) == epochs  # neither hard nor easy, or it does not matter
+
+
+def test_no_extra_epochs_late():
+    s = settings(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=0, TTT_ENTROPY_LOW=0, EVAL_TIME_SOFT_CAP_SECONDS=100)
+    model = T.GPT(s)
+    clock = iter([0, 84, 86])
+    _, records = T.score_first_ttt(scorer_of(model, s, made_up_tokens(160)), T.Learner(model, s), s, lambda: next(clock))
+    assert [epochs for _, epochs in records] == [4, 4, 3, 0]
+
+
+# Learning
+
+def learner_of(seed=0, **extra):
+    s = settings(**extra)
+    return T.Learner(random_model(s, seed), s)
+
+
+def chunk_tokens(sequences, seed=0):
+    return torch.as_tensor(made_up_tokens(16 * sequences + 1, seed))
+
+
+@pytest.mark.parametrize("muon", [0, 1])
+@pytest.mark.parametrize("i", [1, 20, 47, 48, 49, 97, 150])
+def test_ttt_scores_no_target_with_knowledge_of_a_later_token(i, muon):
+    tokens, nll = made_up_tokens(151), []
+    for stream in (tokens, changed(tokens, i)):
+        learner = learner_of(TTT_MUON=muon, TTT_LR=0.01)
+        scorer = scorer_of(learner.model, learner.s, stream, PerTarget)
+        T.score_first_ttt(scorer, learner, learner.s)
+        nll.append(scorer.nll)
+    assert not nll[0].isnan().any()
+    assert torch.equal(nll[0][:i - 1], nll[1][:i - 1])
+    assert (nll[0][i - 1:] != nll[1][i - 1:]).any()
+
+
+def test_learning_helps():
+    """On a stream that says the same thing over and over."""
+    learner = learner_of(TTT_LR=0.02)
+    s, stream = learner.s, torch.arange(240) % 9
+    plain = scorer_of(learner.model, s, stream).score_all(s.eval_stride)
+    ttt, _ = T.score_first_ttt(scorer_of(learner.model, s, stream), learner, s)
+    assert ttt.tokens == plain.tokens
+    assert ttt.val_loss < plain.val_loss - 1
+
+
+@pytest.mark.parametrize("clip", [0, 0.05])
+def test_sgd_is_torchs_with_buffers_kept_from_chunk_to_chunk(clip):
+    learner, plain = (learner_of(TTT_MUON=0, TTT_BATCH_SEQS=2, TTT_GRAD_CLIP=clip) for _ in range(2))
+    sgd = torch.optim.SGD(plain.weights, lr=0, momentum=0.9)
+    for lr, tokens in ((0.1, chunk_tokens(3)), (0.05, chunk_tokens(2, seed=1))):
+        learner.learn(tokens, epochs=2, lr=lr)
+        for _ in range(2):
+            for first in range(0, len(tokens) - 1, 32):  # batches of two sequences, a last one of what is left
+                rows = tokens[first:first + 33].long()
+                plain.model(rows[:-1].view(-1, 16), rows[1:].view(-1, 16)).mean().backward()
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(plain.weights, clip)
+                sgd.param_groups[0]["lr"] = lr
+                sgd.step()
+                sgd.zero_grad()
+    for w, v, start in zip(learner.weights, plain.weights, learner_of().weights):
+        torch.testing.assert_close(w - start, v - start, rtol=1e-3, atol=1e-6)
+
+
+def test_muon_moves_each_matrix_by_its_orthogonalised_gradient_and_the_rest_by_its_own():
+    learner = learner_of(TTT_NS_STEPS=2, TTT_GRAD_CLIP=0)
+    model, start = learner.model, snapshot(learner.weights)
+    tokens = chunk_tokens(2)
+    grads = torch.autograd.grad(model(tokens[None, :-1].view(-1, 16).long(), tokens[1:].view(-1, 16).long()).mean(), learner.weights)
+    learner.learn(tokens, epochs=1, lr=0.1)
+    for w, before, grad in zip(learner.weights, start, grads):
+        matrices = grad if grad.dim() == 3 else grad[None]
+        update = torch.stack([T.newton_schulz(m, 2) for m in matrices]).view_as(w) if grad.dim() > 1 else grad
+        torch.testing.assert_close(before - w, 0.1 * update.float(), rtol=2e-2, atol=2e-3 if grad.dim() > 1 else 1e-6)
+
+
+@pytest.mark.parametrize("muon", [0, 1])
+def test_a_sequence_that_fills_up_a_batch_changes_nothing(muon):
+    """Three sequences two at a time, or two and then one on its own, which nothing has to fill up."""
+    filled, exact = (learner_of(TTT_MUON=muon, TTT_BATCH_SEQS=2) for _ in range(2))
+    tokens = chunk_tokens(3)
+    filled.learn(tokens, epochs=1, lr=0.01)
+    exact.learn(tokens[:33], epochs=1, lr=0.01)
+    exact.learn(tokens[32:], epochs=1, lr=0.01)
+    for w, v in zip(filled.weights, exact.weights):
+        torch.testing.assert_close(w, v, rtol=0, atol=2e-4 if muon else 1e-7)
+
+
+def parts(model):
+    """(layer it belongs to, weights) for all parts of a model of 4 layers; layer 4 for what belongs to none."""
+    for name, p in model.named_parameters():
+        if name in (*model.BANKS, "skip_weights", "ve_layer_scales"):
+            layers = {"skip_weights": (2, 3), "ve_layer_scales": (1, 3)}.get(name, [i % 4 for i in range(len(p))])
+            yield from zip(layers, p.detach(), strict=True)
+        else:
+            yield int(name.split(".")[1]) if name.startswith("blocks.") else 4, p.detach()
+
+
+@pytest.mark.parametrize("muon", [0, 1])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4])
+def test_nothing_of_the_frozen_layers_moves(n, muon):
+    learner = learner_of(NUM_LAYERS=4, VE_LAYERS="1,3", TTT_MUON=muon, TTT_FREEZE_BLOCKS=n)
+    before = [(layer, part.clone()) for layer, part in parts(learner.model)]
+    learner.learn(chunk_tokens(3), epochs=1, lr=0.1)
+    for (layer, old), (_, new) in zip(before, parts(learner.model)):
+        assert torch.equal(old, new) == (layer < n)
+
+
+@pytest.mark.parametrize("muon", [0, 1])
+def test_evaluation_leaves_no_trace_but_in_the_weights(muon):
+    """So one on made-up tokens, its weights undone, can go before the one that counts."""
+    s, tokens = settings(TTT_MUON=muon, TTT_LR=0.01), torch.as_tensor(made_up_tokens(151))
+    reports = []
+    for rehearsed in (False, True):
+        model, lines = random_model(s), []
+        if rehearsed:
+            start = snapshot(model.parameters())
+            with T.undone(list(model.parameters())):
+                T.evaluate(s, model, tokens[:97].flip(0), byte_tables(), 0, report=lambda line: None)
+                assert not same(model.parameters(), start)
+            assert same(model.parameters(), start)
+            assert all(p.grad is None for p in model.parameters())
+        T.evaluate(s, model, tokens, byte_tables(), 0, report=lines.append)
+        reports.append([line for line in lines if "_exact" in line])
+    assert [line.split()[0] for line in reports[0]] == [
+        "final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "legal_ttt_exact"]
+    assert reports[0] == reports[1]
+
+
+def test_the_model_is_causal():
+    model, (x, y) = random_model(settings()), random_batch(1, 16)
+    with torch.no_grad():
+        nll = model(x, y)
+        for i in range(1, 16):
+            assert torch.equal(model(changed(x[0], i)[None], y)[:, :i], nll[:, :i])

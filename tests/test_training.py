@@ -1,0 +1,359 @@
+"""Training: warm-up, clock, schedules, averages, late QAT, optimizers, switches and initial weights."""
+import math
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_gpt as T
+from helpers import random_batch, random_model, settings, trainer_of, write_shards
+
+LIMIT = T.FIELDS["ARTIFACT_LIMIT"].default
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def validate():
+    return T.Score()
+
+
+def same(weights, others):
+    return all(torch.equal(w, v) for w, v in zip(weights, others, strict=True))
+
+
+# Warm-up and clock
+
+def test_warm_up_leaves_no_trace(folder, monkeypatch):
+    monkeypatch.setattr(T, "SMALL", 0)
+    runs = [trainer_of(folder, WARMUP_STEPS=n, ITERATIONS=6, LATE_QAT_THRESHOLD=0.9, WEIGHT_AVERAGE="raw") for n in (0, 3)]
+    for trainer in runs:
+        trainer.run(validate, LIMIT)
+    assert [len(trainer.steps) for trainer in runs] == [6, 9]
+    assert torch.equal(torch.stack(runs[0].steps), torch.stack(runs[1].steps[3:]))
+    assert same(runs[0].weights, runs[1].weights)
+
+
+def test_the_seed_decides(folder):
+    weights = [trainer_of(folder, SEED=seed).weights for seed in (1, 1, 2)]
+    assert same(weights[0], weights[1])
+    assert not same(weights[0], weights[2])
+
+
+class Clock:
+    """Replaces train_gpt's time: it moves only when told to."""
+
+    def __init__(self, monkeypatch, trainer, step, holdout):
+        self.now, self.choice = 0.0, []
+        monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        for owner, name, seconds in ((trainer, "step", step), (trainer.holdout, "score_all", holdout)):
+            monkeypatch.setattr(owner, name, self.slow(getattr(owner, name), seconds))
+
+    def slow(self, function, seconds):
+        def run(*args, **kwargs):
+            self.now += seconds
+            return function(*args, **kwargs)
+        return run
+
+
+@pytest.mark.parametrize("cap, step, holdout, steps", [(10, 0.5, 0, 20), (10, 0.5, 0.25, 17), (10, 0.75, 0.125, 12), (0.5, 1, 0, 1)])
+def test_training_and_choosing_the_average_fit_under_the_cap(folder, monkeypatch, cap, step, holdout, steps):
+    trainer = trainer_of(folder, MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100, WARMUP_STEPS=2, SWA_EVERY=1, VAL_LOSS_EVERY=3)
+    clock, starts = Clock(monkeypatch, trainer, step, holdout), []
+
+    def slow_validation():
+        clock.now += 1000
+        starts.append(clock.now)
+        return T.Score()
+
+    trainer.run(slow_validation, LIMIT)
+    assert len(trainer.steps) == 2 + steps
+    assert len(starts) == len({*range(0, steps, 3), steps})  # validated so often, and it did not count:
+    training = clock.now - 2 * step - 2 * holdout - 1000 * len(starts)  # all but warm-up and validation
+    assert training == steps * step + 4 * holdout  # four averages were measured
+    if steps > 1:
+        assert training <= cap < training + step + holdout  # (a fifth of what is kept free is a reserve)
+
+
+def test_a_loss_that_is_not_finite_ends_training(folder):
+    trainer = trainer_of(folder)
+    trainer.model.register_forward_hook(lambda model, args, nll: nll / (len(trainer.steps) < 2))
+    with pytest.raises(T.RunError, match="^step 3: .*inf"):
+        trainer.run(validate, LIMIT)
+
+
+def test_iterations_end_a_run_without_a_cap(folder):
+    trainer = trainer_of(folder, ITERATIONS=3)
+    trainer.run(validate, LIMIT)
+    assert len(trainer.steps) == 3
+
+
+# Schedules
+
+def test_learning_rate_multiplier_by_time():
+    s = settings(WARMDOWN_ITERS=10)
+    at = [T.lr_multiplier(step, s, 100 * step, 5000) for step in (0, 1, 39, 40, 41, 45, 50, 51)]  # 100 ms a step
+    assert at == pytest.approx([1, 1, 1, 1, 0.9, 0.5, 0, 0])
+    assert T.lr_multiplier(20, s, 4000, 5000) == pytest.approx(0.5)  # slower steps: 200 ms
+
+
+def test_learning_rate_multiplier_by_iterations():
+    s = settings(WARMDOWN_ITERS=10, ITERATIONS=50)
+    assert [T.lr_multiplier(step, s, 0, None) for step in (0, 39, 40, 41, 45, 49)] == pytest.approx([1, 1, 1, 0.9, 0.5, 0.1])
+    assert T.lr_multiplier(3, settings(WARMDOWN_ITERS=0), 0, None) == 1
+
+
+def test_muon_momentum_rises_linearly():
+    s = settings(MUON_MOMENTUM_WARMUP_START=0.9, MUON_MOMENTUM=0.98, MUON_MOMENTUM_WARMUP_STEPS=100)
+    assert [T.muon_momentum(step, s) for step in (0, 25, 50, 100, 999)] == pytest.approx([0.9, 0.92, 0.94, 0.98, 0.98])
+
+
+# Averages
+
+def test_ema_and_swa_are_those_of_a_plain_loop():
+    s = settings(EMA_DECAY=0.7, SWA_EVERY=3)
+    weights = [torch.zeros(2, 3), torch.zeros(())]
+    averages, ema, samples = T.WeightAverages(weights, s), 0.0, []
+    for step in range(40):
+        value = math.sin(step)
+        for w in weights:
+            w.fill_(value)
+        averages.update(step, 0.19 if step >= 20 else 0.2)
+        decay = min(0.7, (1 + step) / (10 + step))
+        ema = decay * ema + (1 - decay) * value
+        samples += [value] if step >= 20 and step % 3 == 0 else []
+    swa = sum(samples) / len(samples)
+    expected = dict(raw=value, ema=ema, swa=swa, ema_swa=(ema + swa) / 2)
+    candidates = averages.candidates()
+    assert list(candidates) == list(expected)
+    for name, value in expected.items():
+        assert [w.shape for w in candidates[name]] == [w.shape for w in weights]
+        assert all(w.double().numpy() == pytest.approx(value, abs=1e-6) for w in candidates[name])
+
+
+def test_only_what_is_enabled_is_a_candidate():
+    for extra, names in ((dict(), ["raw", "ema"]), (dict(EMA_ENABLED=0), ["raw"]), (dict(SWA_ENABLED=0), ["raw", "ema"])):
+        averages = T.WeightAverages([torch.zeros(3)], settings(**extra))
+        averages.update(0, 1.0)
+        assert list(averages.candidates()) == names
+    averages = T.WeightAverages([torch.zeros(3)], settings(EMA_ENABLED=0))
+    averages.update(0, 0.1)
+    assert list(averages.candidates()) == ["raw", "swa"]
+
+
+@pytest.mark.parametrize("asked, chosen", [("auto", "swa"), ("raw", "raw"), ("ema", "ema"), ("swa", "swa"), ("ema_swa", "ema_swa")])
+def test_the_average_with_the_least_holdout_loss_is_exported(folder, asked, chosen):
+    trainer = trainer_of(folder, WEIGHT_AVERAGE=asked)
+    candidates = {}
+    for name, distance in dict(raw=0.2, ema=0.1, swa=0, ema_swa=0.3).items():  # swa: the best there is, a trained model
+        candidates[name] = [w + distance * torch.randn_like(w) for w in random_model(trainer.s).state_dict().values()]
+    losses = {}
+    for name, weights in candidates.items():
+        T.copy_weights(trainer.weights, weights)
+        losses[name] = trainer.holdout.score_all(trainer.s.train_seq_len).val_loss
+    trainer.choose(candidates)
+    assert same(trainer.weights, candidates[min(losses, key=losses.get) if asked == "auto" else asked])
+
+
+def test_holdout_is_not_trained_on(folder):
+    trainer = trainer_of(folder, HOLDOUT_TOKENS=200)
+    tokens = T.TokenStream(T.open_shards(folder, "train")).read(0, 7000).tolist()
+    length = len(trainer.holdout.tokens)
+    assert length == 200 // 16 * 16 + 1  # whole sequences
+    assert trainer.holdout.tokens.tolist() == tokens[-length:]
+    assert trainer.stream.starts[-1] == 7000 - length
+    assert trainer.stream.read(0, 14000).tolist() == (tokens[:-length] * 3)[:14000]
+
+
+# Late QAT
+
+def rounded(model):
+    """A copy with the banks as the artifact gives them back."""
+    copy, weights = deepcopy(model), model.state_dict()
+    stored = T.quantize({name: weights[name] for name in model.BANKS}, T.TINY)
+    T.copy_weights(copy.banks(), list(T.dequantize(stored).values()))
+    return copy
+
+
+def backward(model, *args):
+    model.zero_grad()
+    loss = model(*args).mean()
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.fixture
+def qat(monkeypatch):
+    """A model whose banks are rounded though they are tiny, a batch, and the scales."""
+    monkeypatch.setattr(T, "SMALL", 0)
+    model = random_model(settings())
+    return model, random_batch(), T.bank_scales(model, T.TINY)
+
+
+def test_qat_trains_the_model_that_the_artifact_will_hold(qat):
+    model, batch, scales = qat
+    with torch.no_grad():
+        assert torch.equal(model(*batch, scales), rounded(model)(*batch))
+        assert (model(*batch, scales).mean() - model(*batch).mean()).abs() > 1e-4
+
+
+def test_qat_gradient_passes_straight_through_to_every_bank_entry(qat):
+    model, batch, scales = qat
+    loss, grads = backward(model, *batch, scales)
+    other = rounded(model)
+    expected_loss, expected = backward(other, *batch)
+    assert loss == expected_loss
+    assert same(grads, expected)
+    for bank in model.banks():
+        assert (bank.grad != 0).all()
+
+
+def test_large_banks_are_rounded_to_int6_and_small_ones_to_fp16():
+    model = random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))
+    scales = T.bank_scales(model, T.TINY)
+    assert [scale is not None for scale in scales] == [False, False, True, True]  # 192 * 192 and 192 * 384 elements
+    with torch.no_grad():
+        assert torch.equal(model(*random_batch(), scales), rounded(model)(*random_batch()))
+
+
+def test_compiled_graphs_with_and_without_qat_are_the_eager_ones(qat):
+    """Both are there at once, whichever came first, and the scales are no constants of the graph."""
+    model, batch, scales = qat
+    compiled = deepcopy(model)
+    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    coarse = [2 * scale for scale in scales]
+    losses = []
+    for args in ((), (scales,), (), (coarse,), (scales,)):
+        (loss, grads), (expected_loss, expected) = (backward(m, *batch, *args) for m in (compiled, model))
+        assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
+        torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
+        losses.append(loss.item())
+    assert abs(losses[0] - losses[1]) > 1e-4 and abs(losses[1] - losses[3]) > 1e-4
+
+
+@pytest.mark.parametrize("threshold, rounded_steps", [(0, 0), (0.3, 2), (1, 7)])
+def test_qat_begins_below_its_threshold_with_the_floor_that_will_fit(folder, monkeypatch, threshold, rounded_steps):
+    monkeypatch.setattr(T, "SMALL", 0)
+    monkeypatch.setattr(T, "fit_scale_floor", lambda weights, limit: 0.25)
+    trainer, least = trainer_of(folder, LATE_QAT_THRESHOLD=threshold), []
+
+    def note(model, args):
+        if torch.is_grad_enabled():  # it trains
+            least.append(args[2] and min(scale.min().item() for scale in args[2]))
+
+    trainer.model.register_forward_pre_hook(note)
+    trainer.run(validate, LIMIT)
+    assert least == [None] * 8 * (8 - rounded_steps) + [0.25] * 8 * rounded_steps  # eight spans a step
+
+
+# Optimizers
+
+def test_muon_does_not_depend_on_the_scale_of_the_gradient():
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(3, 4, 16, 24, generator=generator)
+    updates = []
+    for scale in (1, 1 / 1024, 4096):
+        buffer = torch.zeros(4, 16, 24, dtype=torch.bfloat16)
+        updates.append([T.muon_update(scale * grad, buffer, 0.95, 5) for grad in grads])
+    for other in updates[1:]:
+        for a, b in zip(updates[0], other):
+            assert (a - b).float().norm() < 1e-2 * a.float().norm()
+    values = torch.linalg.svdvals(updates[0][-1].float())
+    assert 0.5 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("extra", [dict(), dict(TIE_EMBEDDINGS=0), dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0)])
+def test_every_parameter_has_one_optimizer_and_its_own_learning_rate(extra):
+    s = settings(**extra, TIED_EMBED_LR=0.01, EMBED_LR=0.02, HEAD_LR=0.03, SCALAR_LR=0.04, MATRIX_LR=0.05)
+    model = random_model(s)
+    optimizers, names = T.Optimizers(model, s), {id(p): name for name, p in model.named_parameters()}
+    backward(model, *random_batch())
+    optimizers.step(0.5, 0.95)
+    rates = [(names[id(bank)], s.matrix_lr) for bank in optimizers.banks]
+    rates += [(names[id(p)], 2 * group["lr"]) for group in optimizers.adamw.param_groups for p in group["params"]]
+    assert sorted(name for name, _ in rates) == sorted(names.values())  # each exactly once
+    for name, rate in rates:
+        table = name in ("tok_emb", "bigram_table", "ve_table")
+        expected = 0.05 if "bank" in name else 0.03 if name == "head" else 0.04 if not table else 0.01 if s.tie_embeddings else 0.02
+        assert rate == expected, name
+
+
+@pytest.mark.parametrize("clip, factor", [(0, 1), (0.1, 0.1), (1000, 1)])
+def test_all_gradients_are_clipped_to_one_global_norm(clip, factor):
+    s = settings(GRAD_CLIP_NORM=clip, ADAM_WD=0, MUON_WD=0)
+    model = random_model(s)
+    optimizers = T.Optimizers(model, s)
+    _, grads = backward(model, *random_batch())
+    total = torch.stack([grad.norm() for grad in grads]).norm()
+    assert optimizers.step(1.0, 0.95).item() == pytest.approx(total.item(), rel=1e-5)
+    factor = factor / total if clip == 0.1 else 1
+    for p, grad in zip(model.parameters(), grads):
+        if p in optimizers.adamw.state:  # after one step a tenth of the gradient
+            torch.testing.assert_close(optimizers.adamw.state[p]["exp_avg"], 0.1 * factor * grad, rtol=1e-4, atol=1e-9)
+        assert p.grad is None
+    for bank, buffer in zip(optimizers.banks, optimizers.momentum):
+        grad = grads[[id(p) for p in model.parameters()].index(id(bank))]
+        torch.testing.assert_close(buffer.float(), factor * grad, rtol=1e-2, atol=1e-9)
+
+
+def test_weight_decay():
+    p = torch.randn(2, 8, 4)
+    before = p.clone()
+    T.apply_muon_update(p, torch.ones(2, 8, 4, dtype=torch.bfloat16), lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(p, before * 0.95 - 0.1 * 2 ** 0.5)  # tall: times sqrt(rows / columns)
+
+
+# Switches and initial weights
+
+@pytest.mark.parametrize("extra", [
+    dict(), dict(TIE_EMBEDDINGS=0), dict(BIGRAM_VOCAB_SIZE=0), dict(VE_ENABLED=0), dict(VE_LAYERS=""), dict(NUM_LAYERS=1, VE_LAYERS=0),
+    dict(NUM_LAYERS=2, VE_LAYERS="0,1"), dict(BIGRAM_DIM=32), dict(VE_DIM=16), dict(XSA_LAST_N=0), dict(XSA_LAST_N=9), dict(LN_SCALE=0),
+    dict(NUM_KV_HEADS=4), dict(NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=32)], ids=str)
+def test_every_switch_gives_a_model_that_learns(extra):
+    s = settings(**extra)
+    torch.manual_seed(0)
+    model = T.GPT(s).initialize()
+    optimizers, batch = T.Optimizers(model, s), random_batch()
+    losses = []
+    for _ in range(21):
+        loss, _ = backward(model, *batch)
+        losses.append(loss.item())
+        optimizers.step(1.0, 0.9)
+    assert losses[0] == pytest.approx(math.log(64), abs=0.1)
+    assert losses[-1] < losses[0] - 1
+
+
+def gram(matrices):
+    """Products of the rows, or of the columns where there are fewer of them: (n, rows, columns) -> (n, k, k)."""
+    m = matrices if matrices.size(-2) <= matrices.size(-1) else matrices.mT
+    return m @ m.mT
+
+
+def test_initial_weights():
+    s = settings(MODEL_DIM=64, NUM_LAYERS=5, VOCAB_SIZE=512, BIGRAM_DIM=96, VE_DIM=128, VE_LAYERS="2,4", NUM_KV_HEADS=4, ROPE_DIMS=8,
+                 QK_GAIN_INIT=1.7, TIED_EMBED_INIT_STD=0.02)
+    torch.manual_seed(0)
+    model = T.GPT(s).initialize()
+    expected = dict(bigram_table=0, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1, smear_gate=0, skip_weights=1)
+    for name, value in expected.items():
+        assert (getattr(model, name) == value).all(), name
+    for block in model.blocks:
+        assert (block.attn_scale == 1).all() and (block.mlp_scale == 1).all() and (block.q_gain == 1.7).all()
+        assert (block.resid_mix[0] == 1).all() and (block.resid_mix[1] == 0).all()
+    for table, std in ((model.tok_emb, 0.02), (model.ve_table, 0.01)):
+        assert table.mean().abs() < 0.02 * std and table.std().item() == pytest.approx(std, rel=0.02)
+    orthogonal = [model.qo_bank[:5], model.kv_bank, model.up_bank, model.bigram_proj[None], model.ve_proj[None]]
+    for matrices in orthogonal:
+        products = gram(matrices.detach())
+        torch.testing.assert_close(products, torch.eye(64).expand_as(products), rtol=0, atol=1e-5)
+    assert not model.qo_bank[5:].any() and not model.down_bank.any()  # layers begin by adding nothing
+
+
+def test_projections_with_a_side_below_64_start_at_zero():
+    torch.manual_seed(0)
+    model = T.GPT(settings(MODEL_DIM=64, BIGRAM_DIM=63, VE_DIM=96)).initialize()  # values are 32 wide
+    assert not model.bigram_proj.any() and not model.ve_proj.any()
+    assert model.ve_table.any()
