@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test readme clean
+help:
+	@echo "make demo    train, quantize and score a small model on this machine's CPU, in about four minutes"
+	@echo "make test    run the tests, in a few minutes"
+	@echo "make readme  renew the generated parts of README.md from --help and logs/demo.txt"
+	@echo "make clean   remove .venv and the demo data"
+
+.venv/ready: requirements.txt
+	@echo "== making .venv and installing requirements.txt (PyTorch is large: minutes on a slow connection)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+.venv/ready-tools: .venv/ready tools/requirements.txt
+	@echo "== installing tools/requirements.txt"
+	$(BIN)/pip install --disable-pip-version-check -q -r tools/requirements.txt
+	@touch $@
+
+demo: .venv/ready
+	@echo "== building the demo data from this Python's standard library"
+	@$(BIN)/python tools/demo_data.py --out data/demo
+	@echo "== training and scoring with the settings of tools/demo.env, two processes on the CPU"
+	@set -a && . tools/demo.env && OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train_gpt.py
+	@echo "== what the stages did"
+	@$(BIN)/python tools/demo_report.py logs/demo.txt
+
+test: .venv/ready-tools
+	@echo "== running the tests"
+	$(BIN)/python -m pytest -q tests
+
+readme: .venv/ready
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf .venv data/demo

@@ -1,0 +1,154 @@
+"""tools/readme.py: the generated parts of README.md."""
+import re
+from pathlib import Path
+
+import pytest
+import readme
+from runlog import parse_log
+from test_submission import PRINTED, make_log
+from train_gpt import FIELDS, GROUPS, allowed, help_text
+
+ROOT = Path(readme.__file__).resolve().parents[1]
+TEMPLATE = """# Title
+
+Before.
+
+<!-- generated: settings -->
+<!-- end -->
+
+Between: the line `<!-- generated: demo -->` opens a part.
+
+<!-- generated: demo -->
+old text
+<!-- end -->
+
+After.
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with README.md and demo.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text(TEMPLATE, "utf-8")
+    Path("demo.txt").write_text(make_log(), "utf-8")
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    readme.main(["--readme", "README.md", "--log", "demo.txt", *arguments])
+    return Path("README.md").read_text("utf-8")
+
+
+def fails(*arguments: str) -> str:
+    before = Path("README.md").read_bytes()
+    with pytest.raises(SystemExit) as failure:
+        run(*arguments)
+    assert isinstance(failure.value.code, str) and "\n" not in failure.value.code
+    assert Path("README.md").read_bytes() == before
+    return failure.value.code
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of all table rows in a Markdown text."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+
+
+def part(text: str, name: str) -> str:
+    return re.search(rf"^<!-- generated: {name} -->\n(.*?)^<!-- end -->$", text, re.DOTALL | re.MULTILINE)[1]
+
+
+def test_the_settings_part_has_a_row_for_each_setting_in_order():
+    text = readme.settings_part()
+    rows = [row for row in cells(text) if row[0] != "setting"]
+    assert [row[0].strip("`") for row in rows] == list(FIELDS)
+    assert text.count("**") == 2 * len(GROUPS) == 2 * text.count("| setting")
+    for name, default, range_, meaning in rows:
+        f, name = FIELDS[name.strip("`")], name.strip("`")
+        assert f"{name}={'' if default == 'empty' else default.strip('`')} " in help_text()
+        assert (range_, meaning.replace("`", "")) == (allowed(f), f.help)
+
+
+def test_names_in_meanings_are_code():
+    assert readme.code("score ARTIFACT_PATH, train nothing") == "score `ARTIFACT_PATH`, train nothing"
+    assert readme.code("if TIE_EMBEDDINGS=0; logs/RUN_ID.txt;") == "if `TIE_EMBEDDINGS=0`; `logs/RUN_ID.txt`;"
+    assert readme.code("in fineweb_{train,val}_*.bin") == "in `fineweb_{train,val}_*.bin`"
+    assert readme.code("raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)") == "raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)"
+
+
+def test_the_demo_part_says_what_the_log_says():
+    text = readme.demo_part(parse_log(make_log(), "sketch"))
+    assert cells(text) == [
+        ["stage", "val_bpb", "change", "seconds", "peak memory (MiB)"],
+        ["end of training", "3.1111", "", "20.0", "687"],
+        ["averaged weights (EMA)", "3.0831", "-0.0280", "18.1", "687"],
+        ["int6 roundtrip", "3.0885", "+0.0054", "7.9", "1,687"],
+        ["sliding windows, stride 32", "3.0788", "-0.0097", "29.1", "1,702"],
+        ["score-first TTT", "3.0709", "-0.0079", "75.5", "2,687"]]
+    assert "40 steps of 4,096 tokens at 8,192 tokens per second, on 8 x NVIDIA H100 80GB HBM3, torch 2.9.1+cu128" in text
+    assert "3,327,044 parameters; the submission takes 2,923,801 bytes" in text
+
+
+def test_an_average_that_changes_nothing_has_no_sign():
+    printed = PRINTED.replace("chosen:ema", "chosen:raw").replace("val_bpb:3.08305629", "val_bpb:3.11105629")
+    row = cells(readme.demo_part(parse_log(make_log(printed), "sketch")))[2]
+    assert row[:3] == ["averaged weights (raw: the last step's)", "3.1111", "0.0000"]
+
+
+def test_without_ttt_its_row_is_absent():
+    log = parse_log(make_log(PRINTED[:PRINTED.index("ttt_chunk")], TTT_ENABLED="0"), "sketch")
+    assert cells(readme.demo_part(log))[-1][0] == "sliding windows, stride 32"
+
+
+def test_columns_are_of_even_width_and_bars_are_escaped():
+    assert readme.table(["a", "number"], [["x|y", "1"]], right=1).splitlines() == [
+        "| a    | number |", "|------|-------:|", r"| x\|y |      1 |"]
+
+
+def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
+    text = run()
+    emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
+    assert emptied == TEMPLATE.replace("old text\n", "")
+    assert part(text, "settings").strip() == readme.settings_part()
+    assert part(text, "demo").strip() == readme.demo_part(parse_log(make_log(), "sketch"))
+    assert run() == run("--check") == text
+    assert capsys.readouterr().out.splitlines() == [
+        "README.md: wrote settings and demo", "README.md: up to date", "README.md: up to date"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "demo.txt"]
+
+
+def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
+    assert fails("--check") == "error: README.md: not up to date (settings and demo); run `python tools/readme.py`"
+    run()
+    Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
+    assert "not up to date (demo)" in fails("--check")
+
+
+@pytest.mark.parametrize("old, new, told", [
+    ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
+    ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
+    ("<!-- end -->\n\nAfter.", "After.", "closes the part `demo`"),
+    ("<!-- generated: settings -->\n<!-- end -->\n", "<!-- generated: settings -->\n", "closes the part `settings`"),
+])
+def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
+    assert TEMPLATE.count(old) == 1
+    Path("README.md").write_text(TEMPLATE.replace(old, new))
+    assert told in fails()
+    assert told in fails("--check")
+
+
+def test_a_demo_that_did_not_finish_is_refused(folder):
+    Path("demo.txt").write_text(make_log(PRINTED[:PRINTED.index("legal_ttt eval_time")]))
+    assert fails().startswith("error: demo.txt: has no 'legal_ttt eval_time' line, so the run did not finish")
+    Path("demo.txt").unlink()
+    assert fails() == "error: demo.txt: cannot be read (No such file or directory)"
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists() or not (ROOT / "logs/demo.txt").exists(),
+                    reason="README.md or logs/demo.txt is not there yet")
+def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs():
+    readme.main(["--check", "--readme", str(ROOT / "README.md"), "--log", str(ROOT / "logs/demo.txt")])
+    demo = part((ROOT / "README.md").read_text("utf-8"), "demo")
+    scores = [row[1] for row in cells(demo)[1:]]
+    logged = re.findall(r"val_bpb:(\d+\.\d+)", (ROOT / "logs/demo.txt").read_text("utf-8"))
+    assert len(scores) >= 4 and set(scores) <= {f"{float(number):.4f}" for number in logged}
