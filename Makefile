@@ -10,6 +10,8 @@ help:
 
 .venv/ready: requirements.txt
 	@echo "== making .venv and installing requirements.txt (PyTorch is large: minutes on a slow connection)"
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "needs Python 3.11 or newer with venv; name another one by PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
 	@touch $@

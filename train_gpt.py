@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = dict(  # the environment variable is the name in capitals
-    data_path=("./data/datasets/fineweb10B_sp1024", "folder of the shards"),
+    data_path=("./data/datasets/fineweb10B_sp1024", "its shards"),
     tokenizer_path=("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"),
     vocab_size=(1024, "tokens of the tokenizer", 2, 65536),
 
@@ -62,15 +62,15 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     seed=(1337, "seed of the first weights", 0, 4294967295),
     iterations=(20000, "training steps at most"),
     max_wallclock_seconds=(600.0, "cap on training; 0: none"),
-    warmup_steps=(20, "steps that compile and are undone"),
-    warmdown_iters=(3500, "steps in which the learning rate falls to 0"),
+    warmup_steps=(20, "steps to compile, undone"),
+    warmdown_iters=(3500, "last steps, falling to learning rate 0"),
     train_batch_tokens=(786432, "tokens per step, all processes", 8),
     train_seq_len=(2048, "training sequence in tokens", 2),
-    train_log_every=(500, "steps between train_loss lines; 0: none"),
-    val_loss_every=(4000, "steps between validations; 0: one at the end"),
+    train_log_every=(500, "steps between log lines; 0: none"),
+    val_loss_every=(4000, "steps between validations; 0: just one"),
     val_batch_size=(524288, "tokens scored at once by 8 processes", 8),
-    holdout_tokens=(524288, "end of the last train shard, to choose the average", 1),
-    weight_average=("auto", "auto (least held-out loss), raw, ema, swa or ema_swa"),
+    holdout_tokens=(524288, "last training tokens, to choose the average", 1),
+    weight_average=("auto", "auto (least held-out loss), raw, ema, swa, ema_swa"),
     artifact_path=("", "empty: logs/RUN_ID.bin"),
     artifact_limit=(16_000_000, "bytes of train_gpt.py and artifact", 1),
     eval_only=(False, "only score ARTIFACT_PATH"),
@@ -82,11 +82,11 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     mlp_mult=(3.0, "MLP hidden width over MODEL_DIM", 0.01),
     tie_embeddings=(True, "the head is the embedding table"),
     rope_base=(10000.0, "base of rotary frequencies", 1),
-    rope_dims=(16, "channels of a head that rotate", 4),
+    rope_dims=(16, "rotating channels of a head", 4),
     logit_softcap=(30.0, "cap * tanh(logits / cap)", 1e-3),
-    qk_gain_init=(1.5, "first gain of the queries"),
+    qk_gain_init=(1.5, "initial gain of the queries"),
     ln_scale=(True, "scale layer inputs by 1/sqrt(layer + 1)"),
-    xsa_last_n=(4, "last layers with exclusive self-attention"),
+    xsa_last_n=(4, "last layers with XSA"),
     bigram_vocab_size=(1536, "rows of the bigram table; 0: none"),
     bigram_dim=(128, "width of the bigram table", 1),
     ve_enabled=(True, "add value embeddings"),
@@ -95,13 +95,13 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     tied_embed_init_std=(0.005, "deviation of the first embeddings"),
 
     matrix_lr=(0.025, "Muon learning rate"),
-    scalar_lr=(0.025, "AdamW learning rate of all that is small"),
+    scalar_lr=(0.025, "AdamW learning rate of the rest"),
     tied_embed_lr=(0.035, "AdamW learning rate of the tables"),
-    embed_lr=(0.6, "the same with TIE_EMBEDDINGS=0"),
-    head_lr=(0.008, "AdamW learning rate of that head"),
+    embed_lr=(0.6, "TIED_EMBED_LR if TIE_EMBEDDINGS=0"),
+    head_lr=(0.008, "head's learning rate if TIE_EMBEDDINGS=0"),
     muon_momentum=(0.99, "Muon momentum", 0, 1),
-    muon_momentum_warmup_start=(0.92, "the same at step 0", 0, 1),
-    muon_momentum_warmup_steps=(1500, "steps between the two"),
+    muon_momentum_warmup_start=(0.92, "Muon momentum at step 0", 0, 1),
+    muon_momentum_warmup_steps=(1500, "steps until MUON_MOMENTUM"),
     muon_backend_steps=(5, "Newton-Schulz steps", 1),
     muon_wd=(0.04, "weight decay of the banks"),
     adam_wd=(0.04, "weight decay of the rest"),
@@ -110,28 +110,28 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     adam_eps=(1e-8, "AdamW epsilon"),
     grad_clip_norm=(0.3, "limit of the gradient norm; 0: none"),
 
-    ema_enabled=(True, "average the weights exponentially"),
-    ema_decay=(0.997, "its decay after warming up", 0, 1),
-    swa_enabled=(True, "average weights of the last steps"),
-    swa_every=(50, "steps between those, once the multiplier is < 0.2", 1),
-    late_qat=(True, "train with rounded weights at the end"),
-    late_qat_threshold=(0.15, "learning-rate multiplier that starts it"),
+    ema_enabled=(True, "average exponentially (EMA)"),
+    ema_decay=(0.997, "decay of the EMA", 0, 1),
+    swa_enabled=(True, "average the last steps (SWA)"),
+    swa_every=(50, "steps between, below 0.2 of the learning rate", 1),
+    late_qat=(True, "round weights at the end"),
+    late_qat_threshold=(0.15, "part of the learning rate that starts it"),
 
     eval_seq_len=(2048, "scoring window in tokens", 2),
     eval_stride=(64, "tokens a sliding window scores", 1),
-    eval_time_soft_cap_seconds=(570.0, "past 85% of it no chunk gets extra epochs"),
+    eval_time_soft_cap_seconds=(570.0, "no extra epochs past 85% of it"),
 
-    ttt_enabled=(True, "score while learning from what was scored"),
+    ttt_enabled=(True, "learn from what was scored"),
     ttt_muon=(True, "Newton-Schulz updates; 0: SGD"),
-    ttt_ns_steps=(3, "its Newton-Schulz steps", 1),
-    ttt_entropy_adapt=(True, "an epoch more on hard chunks, one less on easy ones"),
+    ttt_ns_steps=(3, "Newton-Schulz steps", 1),
+    ttt_entropy_adapt=(True, "epochs + 1 on hard chunks, - 1 on easy ones"),
     ttt_entropy_high=(2.1, "nats per token that are hard"),
     ttt_entropy_low=(1.75, "nats per token that are easy"),
     ttt_lr=(0.002, "learning rate, a cosine over the chunks"),
     ttt_epochs=(3, "epochs on a chunk", 1),
-    ttt_chunk_tokens=(32768, "tokens scored before learning from them", 2),
+    ttt_chunk_tokens=(32768, "tokens scored, then learnt from", 2),
     ttt_batch_seqs=(32, "sequences per update, all processes", 1),
-    ttt_freeze_blocks=(0, "first layers that stay as they are"),
+    ttt_freeze_blocks=(0, "first layers that do not learn"),
     ttt_momentum=(0.9, "momentum of SGD", 0, 0.999999),
     ttt_grad_clip=(1.0, "limit of the gradient norm; 0: none"),
 )
@@ -145,15 +145,15 @@ GROUPS = dict(DATA_PATH="data", RUN_ID="run", NUM_LAYERS="model", MATRIX_LR="opt
 COMMON_PREFIXES = {"ARTIFACT", "DATA", "HEAD", "MAX", "MODEL", "NUM", "RUN"}  # common elsewhere
 PARSERS = {
     int: ("an integer", int), float: ("a number", float), str: ("text", str),
-    bool: ("0 or 1", lambda text: {"0": False, "1": True}[text]),
-    tuple: ("integers with commas between", lambda text: tuple(int(part) for part in text.split(",") if part))}
+    bool: ("0 or 1", {"0": False, "1": True}.__getitem__),
+    tuple: ("integers separated by commas", lambda text: tuple(int(part) for part in text.split(",") if part))}
 
 
 def show(value):
     """A setting's value as one writes it in the environment."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(int(value)) if isinstance(value, bool) else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def allowed(f):
@@ -174,11 +174,11 @@ def parse_value(name, text):
 
 
 def parse_settings(environ, defaults={}):
-    """Settings from a mapping such as os.environ, else from `defaults`. Raises RunError for misspelt names, bad values and
-    contradictions."""
+    """Settings from a mapping such as os.environ, else from `defaults`. Raises RunError."""
     prefixes = {name.split("_")[0] for name in FIELDS if "_" in name} - COMMON_PREFIXES
     for name in environ:
-        alike = difflib.get_close_matches(name, FIELDS, cutoff=0.91) or "_" in name and name.split("_")[0] in prefixes
+        alike = difflib.get_close_matches(name, FIELDS, cutoff=0.91) or "_" in name and (
+            name.split("_")[0] in prefixes or any(field.startswith(name) for field in FIELDS))
         if name not in FIELDS and alike:
             nearest = difflib.get_close_matches(name, FIELDS, cutoff=0)[0]
             raise RunError(f"{name} is no setting; the nearest is {nearest} (--help lists all)")
@@ -234,7 +234,7 @@ def rank():
 
 
 def start_processes():
-    """Join torchrun's process group, if any, and return the device. Raises RunError if that cannot work."""
+    """Join torchrun's process group, if any, and return the device. Raises RunError."""
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if world not in (1, 2, 4, 8):
         raise RunError(f"world size {world} does not divide 8: use 1, 2, 4 or 8 processes")
@@ -266,7 +266,7 @@ def from_rank0(value):
     """Rank 0's value, any object, on every rank."""
     holder = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(holder, device="cpu")
+        dist.broadcast_object_list(holder)
     return holder[0]
 
 
@@ -300,7 +300,7 @@ def log(line):
 
 
 class Progress:
-    """Called with the finished fraction of a stage, logs the remaining time every ten seconds."""
+    """Called with a stage's finished fraction, logs the remaining time every ten seconds."""
 
     def __init__(self, stage):
         self.stage, self.start, self.last = stage, time.perf_counter(), time.perf_counter()
@@ -313,7 +313,7 @@ class Progress:
 
 
 def open_outputs(log_path, artifact_path, source):
-    """Rank 0 opens the log, which begins with the source, and tries the artifact's folder. Raises RunError, OSError."""
+    """Rank 0 opens the log, which begins with the source, and tries the artifact's folder. Raises OSError."""
     global log_file
     if rank() == 0:
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +323,7 @@ def open_outputs(log_path, artifact_path, source):
         print(source, "=" * 100, sep="\n", file=log_file)
         if artifact_path:
             if artifact_path.is_dir():
-                raise RunError(f"ARTIFACT_PATH={artifact_path} is a folder")
+                raise OSError(f"ARTIFACT_PATH={artifact_path} is a folder")
             artifact_path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=artifact_path.parent).close()
 
@@ -343,9 +343,9 @@ def read_on_rank0(path):
     return from_rank0(together(lambda: path.read_bytes() if rank() == 0 else None))
 
 
+@torch.no_grad()
 def copy_weights(weights, values):
-    with torch.no_grad():
-        torch._foreach_copy_(weights, values)
+    torch._foreach_copy_(weights, values)
 
 
 @contextmanager
@@ -363,7 +363,7 @@ GET_DATA = "`make demo` builds demo data, `python tools/fineweb.py` downloads Fi
 
 
 def load_tokenizer(path, vocab_size):
-    """(tokenizer, SHA-256 of its file). Raises RunError if unreadable or of another size."""
+    """(tokenizer, SHA-256 of its file). Raises RunError."""
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         data = Path(path).read_bytes()
@@ -376,14 +376,14 @@ def load_tokenizer(path, vocab_size):
 
 
 class ByteTables(NamedTuple):
-    """Of each token, (V,): bytes without a leading space; has it one; is it a boundary (control, unknown, unused)."""
+    """(V,) each: bytes without leading space; has it one; is it a boundary (control, unknown, unused)."""
     base_bytes: Tensor
     has_leading_space: Tensor
     is_boundary: Tensor
 
     def count(self, previous, target):
-        """Bytes of targets given the tokens before them; the decoder drops a leading space behind a boundary."""
-        return self.base_bytes[target].long() + (self.has_leading_space[target] & ~self.is_boundary[previous])
+        """Bytes of targets behind the tokens `previous`; behind a boundary a leading space is dropped."""
+        return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
 
 
 def byte_tables(tokenizer):
@@ -394,8 +394,7 @@ def byte_tables(tokenizer):
         space = not boundary and piece.startswith("\u2581")
         text = piece[space:].replace("\u2581", " ")  # inside a piece it decodes to a space as well
         rows.append((0 if boundary else 1 if tokenizer.is_byte(i) else len(text.encode()), space, boundary))
-    base_bytes, has_leading_space, is_boundary = zip(*rows)
-    return ByteTables(torch.tensor(base_bytes, dtype=torch.int16), torch.tensor(has_leading_space), torch.tensor(is_boundary))
+    return ByteTables(*map(torch.tensor, zip(*rows)))
 
 
 # -------
@@ -406,8 +405,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
 def open_shard(path):
-    """Map a shard: 256 int32 (magic, version, token count, zeros), then the tokens, uint16; all little-endian.
-    Raises RunError when it is unreadable, empty, or not what its header says."""
+    """Map a shard: 256 int32 (magic, version, token count, zeros), then tokens, uint16, little-endian. Raises RunError."""
     try:
         header, size = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS), os.path.getsize(path)
     except OSError as e:
@@ -421,7 +419,7 @@ def open_shard(path):
 
 
 def open_shards(data_path, split):
-    """In name order. Raises RunError if there are none or one is bad."""
+    """In name order. Raises RunError."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise RunError(f"DATA_PATH={data_path} has no fineweb_{split}_*.bin; {GET_DATA}")
@@ -436,7 +434,7 @@ def check_ids(tokens, vocab_size, where):
 
 
 def validation_tokens(data_path, vocab_size, window):
-    """All of it, (N + 1,) int32. Raises RunError if it is bad or shorter than a window."""
+    """All of it, (N + 1,) int32. Raises RunError."""
     tokens = check_ids(np.concatenate(open_shards(data_path, "val")), vocab_size, "validation shards")
     if len(tokens) <= window:
         raise RunError(f"validation shards: {len(tokens)} tokens do not fill a window of EVAL_SEQ_LEN={window}")
@@ -460,7 +458,7 @@ class TokenStream:
 
 
 def split_holdout(shards, tokens, seq_len):
-    """Cut off the last shard's tail: sequences and one token, at most `tokens` and a quarter of it. Raises RunError."""
+    """Cut off the last shard's tail, at most `tokens` and a quarter of it, whole sequences + 1. Raises RunError."""
     held = min(tokens, len(shards[-1]) // 4) // seq_len * seq_len + 1
     if held == 1:
         raise RunError(f"TRAIN_SEQ_LEN={seq_len} exceeds HOLDOUT_TOKENS={tokens} or a quarter of the last train shard")
@@ -468,8 +466,8 @@ def split_holdout(shards, tokens, seq_len):
 
 
 def batches(stream, span, vocab_size, pin):
-    """Yield this rank's spans of step 0, 1, ..., (8 / W, span + 1) int32, read ahead on a thread. Raises RunError.
-    A step takes 8 spans of span + 1 tokens in turn, micro-step m of rank r number m * W + r."""
+    """Yield this rank's spans of step 0, 1, ..., (8 / W, span + 1) int32, read ahead on a thread: of the step's 8 spans
+    micro-step m of rank r takes number m * W + r. Raises RunError."""
     first, world = rank(), world_size()
 
     def read(step):
@@ -498,24 +496,25 @@ def choose_attention(device, heads, kv_heads, head_dim):
     """(name, function): FlashAttention 3, or else the first PyTorch kernel that runs here."""
     if device.type == "cpu":
         return "PyTorch CPU", torch_attention
-    kernels = dict.fromkeys(("cudnn", "flash", "mem_efficient", "math"), torch_attention)
-    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in kernels}
+    builtin = ("cudnn", "flash", "mem_efficient", "math")
+    kernels = dict.fromkeys(builtin, torch_attention)
     try:
         from flash_attn_interface import flash_attn_func
         kernels = {"FlashAttention 3": lambda q, k, v: flash_attn_func(q, k, v, causal=True)} | kernels
-    except ImportError:
+    except (ImportError, OSError):
         pass
     for name, attention in kernels.items():
-        for other, switch in switches.items():
-            switch(other == name)
+        torch._dynamo.reset()  # the switches are no guards
+        for other in builtin:
+            getattr(torch.backends.cuda, f"enable_{other}_sdp")(other == name)
         try:
             q, k, v = (torch.randn(1, 128, n, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
                        for n in (heads, kv_heads, kv_heads))
             torch.compile(attention, fullgraph=True)(q, k, v).sum().backward()
             return name, attention
-        except (RuntimeError, AttributeError):  # some versions return a tuple
-            continue
-    raise RunError(f"no attention kernel runs with heads of {head_dim} channels")
+        except (RuntimeError, AttributeError) as e:  # some versions return a tuple
+            reason = " ".join(str(e).split())[:300]
+    raise RunError(f"no attention kernel compiles and runs here: {reason}")
 
 
 def norm(x):
@@ -627,7 +626,7 @@ class GPT(nn.Module):
         s, L, banks = self.s, len(self.blocks), self.banks()
         if scales is not None:
             banks = [fake_quantize(bank, scale) for bank, scale in zip(banks, scales)]
-        qo, kv, up, down = (bank.to(self.dtype) for bank in banks)
+        qo, kv, up, down = (bank.to(self.dtype).unbind() for bank in banks)
         rotary = [t.to(self.dtype) for t in rotary_tables(tokens.size(1), s.rope_dims, s.rope_base, tokens.device)]
         x = x0 = self.embed(tokens)
         values = self.lookup(tokens, self.ve_table, self.ve_proj, self.ve_scale) if self.ve_layers else None
@@ -701,11 +700,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Optimizers:
-    """Muon, shared out over the processes, beside AdamW on each.
-
-    Each bank's gradient (n, rows, columns), the largest first, is padded and reduce-scattered; a rank orthogonalises its
-    own (ceil(n / W), rows, columns); the updates are all-gathered while AdamW steps.
-    """
+    """Muon, shared out over the processes, beside AdamW on each. The banks' gradients (n, rows, columns), the largest
+    first, are reduce-scattered as (ceil(n / W), rows, columns), orthogonalised, all-gathered while AdamW steps."""
 
     def __init__(self, model, s):
         self.s = s
@@ -718,11 +714,8 @@ class Optimizers:
                   for lr in {*rates.values(), s.scalar_lr}]
         self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=(s.beta1, s.beta2),
                                        eps=s.adam_eps, weight_decay=s.adam_wd, fused=True)
-        self.momentum = [bank.new_zeros(self.shard_shape(bank), dtype=torch.bfloat16) for bank in self.banks]
-
-    @staticmethod
-    def shard_shape(bank):
-        return (-(-len(bank) // world_size()), *bank.shape[1:])
+        self.momentum = [bank.new_zeros((-(-len(bank) // world_size()), *bank.shape[1:]), dtype=torch.bfloat16)
+                         for bank in self.banks]
 
     @torch.no_grad()
     def step(self, multiplier, momentum):
@@ -730,7 +723,7 @@ class Optimizers:
         s, W = self.s, world_size()
         shards, grads, works = [bank.grad for bank in self.banks], [p.grad for p in self.rest], []
         if W > 1:
-            shards = [bank.new_empty(self.shard_shape(bank)) for bank in self.banks]
+            shards = [torch.empty_like(buffer, dtype=torch.float32) for buffer in self.momentum]
             for bank, shard in zip(self.banks, shards):
                 padded = F.pad(bank.grad, (0, 0, 0, 0, 0, len(shard) * W - len(bank)))
                 works.append(reduce_scatter(shard, padded, async_op=True))
@@ -761,7 +754,7 @@ class Optimizers:
 
 
 def lr_multiplier(step, s, elapsed_ms, budget_ms):
-    """1, then linearly to 0 over the last WARMDOWN_ITERS steps: of ITERATIONS, or of those that fit the time budget."""
+    """1, then linearly to 0 over the last WARMDOWN_ITERS steps of ITERATIONS or of those that fit the budget."""
     if budget_ms is None:
         return min(1.0, (s.iterations - step) / max(s.warmdown_iters, 1))
     warmdown_ms = s.warmdown_iters * elapsed_ms / max(step, 1)
@@ -809,6 +802,14 @@ SMALL = 65536  # matrices of up to so many elements stay in fp16
 TINY = 2.0 ** -24  # the least fp16 above zero: as a scale's floor it only avoids zero
 
 
+def row_quantiles(a, quantiles):
+    """torch.quantile(a, q, dim=-1, keepdim=True) for q near 1, without a sort or a wait for the device."""
+    last = a.size(-1) - 1
+    top = a.topk(min(last, int(last * (1 - min(quantiles))) + 1) + 1, dim=-1).values
+    positions = [float(np.float32(q) * np.float32(last)) for q in quantiles]
+    return [torch.lerp(top[..., last - int(p), None], top[..., last - math.ceil(p), None], p % 1) for p in positions]
+
+
 def round_to(w, scale, limit):
     return (w / scale).round().clamp(-limit, limit)
 
@@ -816,11 +817,11 @@ def round_to(w, scale, limit):
 @torch.no_grad()
 def int6_scales(bank, floor=TINY):
     """A scale for each row, (n, rows, 1), fp16 held as fp32; each matrix takes the clip quantile of least squared error."""
-    best, least = None, math.inf
-    for clip in torch.quantile(bank.abs(), bank.new_tensor(CLIP_QUANTILES), dim=-1, keepdim=True):
+    best, least = bank.new_zeros(()), math.inf
+    for clip in row_quantiles(bank.abs(), CLIP_QUANTILES):
         scale = (clip / 31).clamp_min(floor).half().float()
         error = (round_to(bank, scale, 31) * scale - bank).square().mean(dim=(1, 2), keepdim=True)
-        best = scale if best is None else torch.where(error < least, scale, best)
+        best = torch.where(error < least, scale, best)
         least = error.clamp(max=least)
     return best
 
@@ -838,13 +839,13 @@ def fake_quantize(bank, scale):
 
 def quantize_int8(w, floor=TINY):
     """(rows, columns) -> integers, fp16 scales (rows, 1); rounding uses the scales in fp32."""
-    scale = (torch.quantile(w.abs(), 0.9999984, dim=-1, keepdim=True) / 127).clamp_min(floor)
+    scale = (row_quantiles(w.abs(), [0.9999984])[0] / 127).clamp_min(floor)
     return round_to(w, scale, 127), scale.half()
 
 
 @torch.no_grad()
 def quantize(weights, floor):
-    """NAME -> int8, NAME.scale -> fp16 for banks (int6 range) and large tables (int8 range); NAME -> fp16 for others."""
+    """NAME -> int8, NAME.scale -> fp16 for banks (int6) and large tables (int8); NAME -> fp16 for others."""
     stored = {}
     for name, w in weights.items():
         if name in GPT.BANKS and w[0].numel() > SMALL:
@@ -865,8 +866,8 @@ def dequantize(stored):
 
 
 def fit_scale_floor(weights, limit):
-    """The least floor of the int6 scales whose artifact should fit `limit` bytes, estimated by the integers' entropy and
-    the 3% that LZMA adds (measured); TINY if none would."""
+    """The least floor of the int6 scales whose artifact should fit `limit` bytes; TINY if none would. LZMA adds about 3%
+    to the integers' entropy (measured)."""
     def size(t):
         if t.dtype != torch.int8:
             return 2 * t.numel()
@@ -885,9 +886,9 @@ LOCAL_SETTINGS = {"data_path", "tokenizer_path", "run_id", "artifact_path", "art
 
 
 def pack_artifact(s, fingerprint, stored):
-    """8 bytes magic, 32 bytes SHA-256 of the rest, the rest: an .npz file as an xz stream. It holds the tensors of
-    quantize() and `header`, JSON as uint8: "tokenizer" (SHA-256 of its file) and "settings"."""
-    settings = {name: getattr(s, name) for name in NAMES if name not in LOCAL_SETTINGS}
+    """8 bytes magic, 32 bytes SHA-256 of the rest, the rest: an .npz file as an xz stream. It holds what quantize() gives
+    and `header`, JSON as uint8: "tokenizer" (SHA-256 of its file) and "settings"."""
+    settings = {name: show(getattr(s, name)) for name in NAMES if name not in LOCAL_SETTINGS}
     header = json.dumps(dict(tokenizer=fingerprint, settings=settings)).encode()
     file = io.BytesIO()
     np.savez(file, header=np.frombuffer(header, np.uint8), **{name: t.cpu().numpy() for name, t in stored.items()})
@@ -896,14 +897,14 @@ def pack_artifact(s, fingerprint, stored):
 
 
 def unpack_artifact(data, path):
-    """(tokenizer fingerprint, settings, fp32 weights); nothing in the file is executed. Raises RunError if it is bad."""
+    """(tokenizer fingerprint, settings, fp32 weights); nothing in the file is executed. Raises RunError."""
     if not data.startswith(MAGIC) or hashlib.sha256(data[40:]).digest() != data[8:40]:
         raise RunError(f"artifact {path}: truncated, altered or no artifact (wrong magic or checksum)")
     try:
         with np.load(io.BytesIO(lzma.decompress(data[40:])), allow_pickle=False) as file:
             stored = {name: torch.from_numpy(file[name]) for name in file.files}
         header = json.loads(bytes(stored.pop("header").numpy()))
-        settings = header["settings"] | {"ve_layers": tuple(header["settings"]["ve_layers"])}
+        settings = {name: parse_value(name.upper(), str(text)) for name, text in header["settings"].items()}
         if settings.keys() != set(NAMES) - LOCAL_SETTINGS:
             raise ValueError("it has other settings")
         return header["tokenizer"], settings, dequantize(stored)
@@ -916,8 +917,8 @@ def unpack_artifact(data, path):
 # -------
 
 def plan_windows(targets, window, stride):
-    """Windows that score each target once, (n, 3) int64: start of the inputs, begin and end of the targets; target i is
-    token i + 1. The first scores all, each later one its last `stride`, one more what is left."""
+    """Windows that score each target (token i + 1) once, (n, 3) int64: start of the inputs, begin and end of the targets.
+    The first scores all, each later one its last `stride`, one more what is left."""
     window = min(window, targets)
     start = torch.arange(0, targets - window + 1, stride)
     plan = torch.stack((start, start + window - stride, start + window), dim=1)
@@ -931,13 +932,8 @@ class Score(NamedTuple):
     tokens: int = 0
     bytes: int = 0
 
-    @property
-    def val_loss(self):
-        return self.nats / max(self.tokens, 1)
-
-    @property
-    def val_bpb(self):
-        return self.nats / math.log(2) / max(self.bytes, 1)
+    val_loss = property(lambda self: self.nats / max(self.tokens, 1))
+    val_bpb = property(lambda self: self.nats / math.log(2) / max(self.bytes, 1))
 
     def __add__(self, other):
         return Score(*map(sum, zip(self, other)))
@@ -953,20 +949,21 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, plan, progress=lambda done: None):
-        """Score the windows of a plan, shared out over the ranks, with the weights as they are; all ranks get the sum.
-        Batches have one shape, on CUDA always the same: the last is filled up with windows that score nothing."""
+        """Score a plan's windows, shared out over the ranks; all get the sum. Batches have one shape, on CUDA always the
+        same: the last is filled up with windows that score nothing."""
         low, high = share(len(plan))
+        plan = plan.to(self.tokens.device)
         batch = self.batch if self.tokens.is_cuda else min(self.batch, max(1, -(-len(plan) // world_size())))
         sums = torch.zeros(3, dtype=torch.float64, device=self.tokens.device)
         for i in range(low, high, batch):
-            rows = F.pad(plan[i:min(i + batch, high)], (0, 0, 0, max(0, i + batch - high))).to(sums.device)
+            rows = F.pad(plan[i:min(i + batch, high)], (0, 0, 0, max(0, i + batch - high)))
             start, begin, end = rows[:, :, None].unbind(1)
             at = start + torch.arange(self.window, device=sums.device)
             x, y = self.tokens[at].long(), self.tokens[at + 1].long()
             scored = (begin <= at) & (at < end)
             nll = self.model(x, y).double()
             sums += torch.stack(((nll * scored).sum(), scored.sum(), (self.tables.count(x, y) * scored).sum()))
-            progress((i + batch - low) / (high - low))
+            progress(min((i + batch - low) / (high - low), 1))
         nats, tokens, size = all_reduce(sums).tolist()
         return Score(nats, int(tokens), int(size))
 
@@ -992,8 +989,8 @@ class Learner:
         self.sgd = None if s.ttt_muon else torch.optim.SGD(self.weights, lr=0.0, momentum=s.ttt_momentum)
 
     def learn(self, tokens, epochs, lr):
-        """Train on the whole sequences in tokens (C + 1,), TTT_BATCH_SEQS an update over all ranks together.
-        Batches have one shape: a rank with fewer sequences adds some of weight zero."""
+        """Train on the whole sequences in tokens (C + 1,), TTT_BATCH_SEQS an update over all ranks together. Batches have
+        one shape: a rank with fewer sequences adds some of weight zero."""
         T, size = self.s.train_seq_len, self.s.ttt_batch_seqs
         sequences = (len(tokens) - 1) // T
         x, y = (t[:sequences * T].view(sequences, T).long() for t in (tokens, tokens[1:]))
@@ -1021,12 +1018,9 @@ class Learner:
         self.model.zero_grad()
 
 
-def score_first_ttt(scorer, learner, s, seconds=lambda: 0.0, report=log):
+def score_first_ttt(scorer, learner, s, seconds=lambda: 0.0):
     """Score a stream chunk by chunk, each before the weights learn from it: the whole Score, each chunk's (Score, epochs).
-
-    Chunk c covers the targets from c * C to (c + 1) * C; a window belongs to the chunk of the first target it scores, so
-    all of a chunk has been scored once its windows have. seconds() is how long the evaluation has run.
-    """
+    A window belongs to the chunk of the first target it scores. seconds() is how long the evaluation has run."""
     C, start = s.ttt_chunk_tokens, time.perf_counter()
     chunks = -(-scorer.targets // C)
     plan = plan_windows(scorer.targets, scorer.window, s.eval_stride)
@@ -1041,7 +1035,7 @@ def score_first_ttt(scorer, learner, s, seconds=lambda: 0.0, report=log):
             learner.learn(scorer.tokens[c * C:(c + 1) * C + 1], epochs, lr)
         records.append((score, epochs))
         if c % -(-chunks // 20) == 0 or c == chunks - 1:
-            report(f"ttt_chunk [{c + 1}/{chunks}] bpb={total.val_bpb:.6f} time={time.perf_counter() - start:.1f}s")
+            log(f"ttt_chunk [{c + 1}/{chunks}] bpb={total.val_bpb:.6f} time={time.perf_counter() - start:.1f}s")
         progress((c + 1) / chunks)
     return total, records
 
@@ -1056,6 +1050,7 @@ class Trainer:
         shards, holdout = split_holdout(open_shards(s.data_path, "train"), s.holdout_tokens, s.train_seq_len)
         holdout = check_ids(holdout, s.vocab_size, "held-out tail of the last train shard").to(device)
         self.stream = TokenStream(shards)
+        self.batches = lambda: batches(self.stream, s.train_batch_tokens // 8, s.vocab_size, device.type == "cuda")
         torch.manual_seed(s.seed)
         self.model = GPT(s, attention, dtype).initialize().to(device).compile_on_cuda()
         self.weights = list(self.model.parameters())
@@ -1063,11 +1058,8 @@ class Trainer:
         no_bytes = ByteTables(*[torch.zeros(s.vocab_size, dtype=torch.bool, device=device)] * 3)
         self.holdout = Scorer(self.model, holdout, no_bytes, s.train_seq_len, s.val_batch_size // 8)
 
-    def batches(self):
-        return batches(self.stream, self.s.train_batch_tokens // 8, self.s.vocab_size, self.device.type == "cuda")
-
     def step(self, spans, multiplier, momentum, qat):
-        """One step on spans (8 / W, span + 1): (this rank's part of the mean loss, gradient norm) on the device."""
+        """On spans (8 / W, span + 1): (this rank's part of the mean loss, gradient norm) on the device."""
         scales = bank_scales(self.model, self.floor) if qat else None
         loss = torch.zeros((), device=self.device)
         for span in spans.to(self.device, non_blocking=True).long():
@@ -1078,7 +1070,7 @@ class Trainer:
         return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
 
     def warm_up(self):
-        """Compile all that training runs, undo the steps. Returns the ms that choosing the average will take."""
+        """Compile what training runs, undo the steps. Returns the ms to keep for choosing the average."""
         spans = self.batches()
         with undone(self.weights):
             for i in range(self.s.warmup_steps):
@@ -1090,14 +1082,14 @@ class Trainer:
         return from_rank0(5 * 1000 * (time.perf_counter() - start))
 
     def run(self, validate, artifact_limit):
-        """Train, and leave the weights to export in the model. validate() is the Score of the current weights.
-
-        Rank 0's clock is everyone's; reading it after each step, with loss and norm, is the only wait for the device.
-        """
+        """Train, and leave the weights to export in the model. validate() is the Score of the current weights. Rank 0's
+        clock is everyone's; reading it after each step, with loss and norm, is the only wait for the device."""
         s, step, elapsed_ms, qat = self.s, 0, 0.0, False
         reserve_ms = self.warm_up()
-        log(f"warm-up: {s.warmup_steps} steps, undone; {reserve_ms:.0f}ms reserved for choosing the average")
+        log(f"warm-up done, {reserve_ms:.0f}ms reserved for choosing the average")
         budget_ms = 1000 * s.max_wallclock_seconds - reserve_ms if s.max_wallclock_seconds else None
+        if budget_ms is not None and budget_ms <= 0:
+            raise RunError(f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than choosing the average takes")
         averages, spans, progress = WeightAverages(self.weights, s), self.batches(), Progress("training")
         start = time.perf_counter()
         while True:
@@ -1134,12 +1126,13 @@ class Trainer:
         losses = {}
         for name, weights in candidates.items():
             copy_weights(self.weights, weights)
-            loss = self.holdout.score_all(self.s.train_seq_len).val_loss
-            losses[name] = loss if math.isfinite(loss) else math.inf
-            log(f"weight_average:{name} holdout_loss:{loss:.6f}")
-        best = self.s.weight_average if self.s.weight_average in losses else min(losses, key=losses.get)
-        if losses[best] == math.inf:
-            raise RunError(f"held-out loss of the {best} weights: nan or infinite; try lower learning rates")
+            losses[name] = self.holdout.score_all(self.s.train_seq_len).val_loss
+            log(f"weight_average:{name} holdout_loss:{losses[name]:.6f}")
+        best = self.s.weight_average
+        if best not in losses:  # auto, or an average that this run was too short for
+            best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+        if not math.isfinite(losses[best]):
+            raise RunError(f"held-out loss of the {best} weights: {losses[best]}; try lower learning rates")
         copy_weights(self.weights, candidates[best])
         log(f"weight_average chosen:{best}")
 
@@ -1149,39 +1142,40 @@ class Trainer:
 # -------
 
 def peak_memory(device):
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**(0 if sys.platform == "darwin" else 10)
     return f"{(torch.cuda.max_memory_allocated() if device.type == 'cuda' else resident) / 2**20:.0f} MiB"
 
 
-def evaluate(s, model, tokens, tables, start, report=log):
-    """Report the scores of the model: roundtrip, sliding, test-time training. start: when the evaluation began."""
-    scorer = Scorer(model, tokens, tables, s.eval_seq_len, s.val_batch_size // 8)
+def evaluate(s, scorer, start):
+    """Report the scores: roundtrip, sliding, test-time training. start: when the evaluation began."""
     stages = {"final_int6_roundtrip": lambda: scorer.score_all(s.eval_seq_len, "roundtrip"),
               "final_int6_sliding_window": lambda: scorer.score_all(s.eval_stride, "sliding")}
     if s.ttt_enabled:
-        stages["legal_ttt"] = lambda: score_first_ttt(
-            scorer, Learner(model, s), s, lambda: time.perf_counter() - start, report)[0]
+        learner = Learner(scorer.model, s)
+        stages["legal_ttt"] = lambda: score_first_ttt(scorer, learner, s, lambda: time.perf_counter() - start)[0]
     for name, stage in stages.items():
         begin = time.perf_counter()
         score = stage()
-        report(f"{name} eval_time:{1000 * (time.perf_counter() - begin):.0f}ms, peak memory {peak_memory(tokens.device)}")
-        report(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+        log(f"{name} eval_time:{1000 * (time.perf_counter() - begin):.0f}ms, peak memory {peak_memory(scorer.tokens.device)}")
+        log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
 
 
-def artifact_settings(stored):
-    """Its own, where the environment gives none. Raises RunError for another model's."""
-    s = parse_settings(os.environ, stored)
-    for name in MODEL_SETTINGS:
-        if getattr(s, name) != stored[name]:
-            raise RunError(f"{name.upper()}={show(getattr(s, name))}, but the artifact was made with {show(stored[name])}")
-    return s
+def export(s, fingerprint, trainer, limit):
+    """The artifact, with a higher floor of the scales while it exceeds `limit` and that can help."""
+    weights = trainer.model.state_dict()
+    floor = max(trainer.floor, fit_scale_floor(weights, limit))
+    data = pack_artifact(s, fingerprint, quantize(weights, floor))
+    while len(data) > limit and TINY < floor < 1:
+        floor *= 1.02
+        data = pack_artifact(s, fingerprint, quantize(weights, floor))
+    return data
 
 
 def run(s):
     global newton_schulz
     device = start_processes()
     if device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # newton_schulz has many shapes
+        torch._dynamo.config.recompile_limit = 64
         newton_schulz = torch.compile(newton_schulz, dynamic=False, fullgraph=True)
     s = dataclasses.replace(s, run_id=from_rank0(s.run_id or str(uuid.uuid4())))
     path, source = Path(s.artifact_path or f"logs/{s.run_id}.bin"), Path(__file__).read_text(encoding="utf-8")
@@ -1189,7 +1183,11 @@ def run(s):
     together(lambda: open_outputs(Path(f"logs/{s.run_id}.txt"), None if s.eval_only else path, source))
     if s.eval_only:
         data = read_on_rank0(path)
-        s = artifact_settings(unpack_artifact(data, path)[1])
+        stored = unpack_artifact(data, path)[1]
+        s = dataclasses.replace(parse_settings(os.environ, stored), run_id=s.run_id)
+        for name in MODEL_SETTINGS:
+            if getattr(s, name) != stored[name]:
+                raise RunError(f"{name.upper()}={show(getattr(s, name))}, but the artifact was made with {show(stored[name])}")
     log("settings: " + " ".join(f"{name.upper()}={show(getattr(s, name))}" for name in SETTINGS))
     kernel, attention = choose_attention(device, s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1198,17 +1196,16 @@ def run(s):
     tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
     tables = ByteTables(*(t.to(device) for t in byte_tables(tokenizer)))
     tokens = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(device)
+    scorer_of = lambda model, tokens: Scorer(model, tokens, tables, s.eval_seq_len, s.val_batch_size // 8)
     if not s.eval_only:
         trainer = together(lambda: Trainer(s, device, attention, dtype))
-        scorer = Scorer(trainer.model, tokens, tables, s.eval_seq_len, s.val_batch_size // 8)
+        scorer = scorer_of(trainer.model, tokens)
         log(f"{sum(w.numel() for w in trainer.weights)} parameters; tokens: {len(tokens)} for validation, "
             f"{trainer.stream.starts[-1]} for training, {len(trainer.holdout.tokens)} held out")
         trainer.run(lambda: scorer.score_all(s.eval_seq_len), limit)
         score = scorer.score_all(s.eval_seq_len)
         log(f"averaged_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
-        weights = trainer.model.state_dict()
-        stored = quantize(weights, max(trainer.floor, fit_scale_floor(weights, limit)))
-        together(lambda: write_atomically(path, pack_artifact(s, fingerprint, stored)) if rank() == 0 else None)
+        together(lambda: write_atomically(path, export(s, fingerprint, trainer, limit)) if rank() == 0 else None)
         data = read_on_rank0(path)
     log(f"Total submission size int6+lzma: {len(data) + len(source.encode())} bytes")
     made_with, _, weights = unpack_artifact(data, path)
@@ -1220,32 +1217,33 @@ def run(s):
     except RuntimeError as e:
         raise RunError(f"artifact {path}: not a model of its settings ({' '.join(str(e).split())[:200]})") from None
     model, start = model.to(device).compile_on_cuda(), time.perf_counter()
-    if device.type == "cuda":  # compile, on made-up tokens in the shapes to come, without a trace
+    if device.type == "cuda":  # compile, on made-up tokens and without a trace
+        made_up = torch.randint_like(tokens[:max(s.ttt_chunk_tokens, s.eval_seq_len) + 1], s.vocab_size)
         with undone(list(model.parameters())):
-            made_up = torch.randint_like(tokens[:2 * s.ttt_chunk_tokens + 1], s.vocab_size)
-            evaluate(s, model, made_up, tables, start, report=lambda line: None)
+            scorer_of(model, made_up).score_all(s.eval_seq_len)
+            Learner(model, s).learn(made_up[:s.ttt_chunk_tokens + 1], int(s.ttt_enabled), 0.0)
         log(f"compiled scoring and TTT in {time.perf_counter() - start:.1f}s")
-    evaluate(s, model, tokens, tables, start)
+    evaluate(s, scorer_of(model, tokens), start)
     if len(data) > limit:
         raise RunError(f"submission {len(data) - limit} bytes over ARTIFACT_LIMIT={s.artifact_limit}; {path} is kept")
 
 
 def main():
-    if sys.argv[1:] == ["--help"]:
-        print(help_text())
-        return 0
+    status = 0
     try:
-        if sys.argv[1:]:
+        if sys.argv[1:] == ["--help"]:
+            print(help_text())
+        elif sys.argv[1:]:
             raise RunError(f"unknown argument {sys.argv[1]}, see --help")
-        run(parse_settings(os.environ))
-        return 0
+        else:
+            run(parse_settings(os.environ))
     except RunError as e:
         who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"train_gpt.py: {who}error: {e}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

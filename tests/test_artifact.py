@@ -4,7 +4,9 @@ import io
 import lzma
 import os
 import pickle
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,15 +40,30 @@ def refused(data):
 
 # Quantization
 
-def test_int6_takes_the_clip_quantile_of_least_error_for_each_matrix():
+def test_row_quantiles_are_torchs():
+    generator = torch.Generator().manual_seed(0)
+    for columns in [*range(1, 40), 512, 999, 1000, 1001, 1002, 1536, 2001, 10001, 100001]:
+        a = torch.rand(3, columns, generator=generator)
+        for quantiles in ((0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)):
+            for quantile, clip in zip(quantiles, T.row_quantiles(a, quantiles), strict=True):
+                assert torch.equal(clip, torch.quantile(a, quantile, dim=-1, keepdim=True)), (columns, quantile)
+
+
+def bank_with_outliers():
+    """(6, 5, 3000): rows of all sizes, matrices with ever fewer and larger outliers."""
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(6, 5, 3000, generator=generator) * torch.logspace(-3, 1, 5)[:, None]
-    bank *= 1 + torch.rand(bank.shape, generator=generator) ** torch.tensor([1, 20, 50, 100, 200, 400])[:, None, None] * 4  # outliers
+    rare = torch.tensor([1, 20, 50, 100, 200, 400])[:, None, None]
+    return bank * (1 + 4 * torch.rand(bank.shape, generator=generator) ** rare)
+
+
+def test_int6_takes_the_clip_quantile_of_least_error_for_each_matrix():
+    bank = bank_with_outliers()
     scales, chosen = T.int6_scales(bank), set()
     for matrix, scale in zip(bank, scales):
         errors, options = [], []
         for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1):
-            clip = torch.stack([torch.quantile(row.abs(), quantile) for row in matrix])[:, None]
+            clip = torch.quantile(matrix.abs(), quantile, dim=-1, keepdim=True)
             options.append((clip / 31).half().float())
             q = (matrix / options[-1]).round().clamp(-31, 31)
             errors.append(((q * options[-1] - matrix) ** 2).mean().item())
@@ -61,6 +78,14 @@ def test_the_first_of_equal_clip_quantiles_wins(monkeypatch):
     for quantiles, scale in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2 ** -10)):
         monkeypatch.setattr(T, "CLIP_QUANTILES", quantiles)
         assert T.int6_scales(bank).item() == scale
+
+
+def test_the_order_of_the_clip_quantiles_matters_for_equals_alone(monkeypatch):
+    bank, scales = bank_with_outliers(), []
+    for quantiles in permutations((0.999, 0.9999, 1.0)):
+        monkeypatch.setattr(T, "CLIP_QUANTILES", quantiles)
+        scales.append(T.int6_scales(bank))
+    assert all(torch.equal(scale, scales[0]) for scale in scales)
 
 
 def test_the_scale_floor_only_touches_rows_of_small_weights():
@@ -117,20 +142,33 @@ def test_the_artifact_is_the_model_that_late_qat_trains(model):
         assert torch.equal(model(*random_batch(), T.bank_scales(model, T.TINY)), other(*random_batch()))
 
 
-def test_the_scale_floor_makes_the_artifact_fit():
-    model = random_model(settings(**LARGE))
+@pytest.fixture(scope="module")
+def uneven():
+    """A model with rows of all sizes, up to twice as large, and the bytes of its artifact."""
+    model, generator = random_model(settings(**LARGE)), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for bank in model.banks():  # rows of all sizes, up to twice as large
-            bank *= 2 * torch.rand(*bank.shape[:2], 1, generator=torch.Generator().manual_seed(0))
+        for bank in model.banks():
+            bank *= 2 * torch.rand(*bank.shape[:2], 1, generator=generator)
+    return model, len(T.pack_artifact(model.s, "", T.quantize(model.state_dict(), T.TINY)))
+
+
+def test_the_scale_floor_makes_the_artifact_fit(uneven):
+    model, free = uneven
     weights = model.state_dict()
-    free = len(T.pack_artifact(model.s, "", T.quantize(weights, T.TINY)))
     assert T.fit_scale_floor(weights, int(1.07 * free)) == T.TINY
     floors = [T.fit_scale_floor(weights, int(part * free)) for part in (0.95, 0.8)]
     assert T.TINY < floors[0] < floors[1]
     for part, floor in zip((0.95, 0.8), floors):
         size = len(T.pack_artifact(model.s, "", T.quantize(weights, floor)))
         assert 0.9 * part * free < size <= part * free  # and no coarser than needed
-    assert T.fit_scale_floor(weights, 1000) == T.TINY
+    assert T.fit_scale_floor(weights, 1000) == T.TINY  # none would do
+
+
+def test_an_artifact_that_came_out_too_large_is_made_again(uneven, monkeypatch):
+    model, free = uneven
+    monkeypatch.setattr(T, "fit_scale_floor", lambda weights, limit: 0.017)  # 0.82 of it
+    data = T.export(model.s, "", SimpleNamespace(model=model, floor=T.TINY), int(0.8 * free))
+    assert 0.78 * free < len(data) <= int(0.8 * free)
 
 
 # Bad artifacts
