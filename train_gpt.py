@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = dict(  # the environment variable is the name in capitals
-    data_path=("./data/datasets/fineweb10B_sp1024", "its shards"),
+    data_path=("./data/datasets/fineweb10B_sp1024", "folder of the shards"),
     tokenizer_path=("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"),
     vocab_size=(1024, "tokens of the tokenizer", 2, 65536),
 
@@ -62,7 +62,7 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     seed=(1337, "seed of the first weights", 0, 4294967295),
     iterations=(20000, "training steps at most"),
     max_wallclock_seconds=(600.0, "cap on training; 0: none"),
-    warmup_steps=(20, "steps to compile, undone"),
+    warmup_steps=(20, "steps that compile, undone"),
     warmdown_iters=(3500, "last steps, falling to learning rate 0"),
     train_batch_tokens=(786432, "tokens per step, all processes", 8),
     train_seq_len=(2048, "training sequence in tokens", 2),
@@ -97,7 +97,7 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     matrix_lr=(0.025, "Muon learning rate"),
     scalar_lr=(0.025, "AdamW learning rate of the rest"),
     tied_embed_lr=(0.035, "AdamW learning rate of the tables"),
-    embed_lr=(0.6, "TIED_EMBED_LR if TIE_EMBEDDINGS=0"),
+    embed_lr=(0.6, "tables' learning rate if TIE_EMBEDDINGS=0"),
     head_lr=(0.008, "head's learning rate if TIE_EMBEDDINGS=0"),
     muon_momentum=(0.99, "Muon momentum", 0, 1),
     muon_momentum_warmup_start=(0.92, "Muon momentum at step 0", 0, 1),
@@ -113,9 +113,9 @@ SETTINGS = dict(  # the environment variable is the name in capitals
     ema_enabled=(True, "average exponentially (EMA)"),
     ema_decay=(0.997, "decay of the EMA", 0, 1),
     swa_enabled=(True, "average the last steps (SWA)"),
-    swa_every=(50, "steps between, below 0.2 of the learning rate", 1),
+    swa_every=(50, "steps between, below 0.2 of the peak rate", 1),
     late_qat=(True, "round weights at the end"),
-    late_qat_threshold=(0.15, "part of the learning rate that starts it"),
+    late_qat_threshold=(0.15, "learning rate / peak that starts it"),
 
     eval_seq_len=(2048, "scoring window in tokens", 2),
     eval_stride=(64, "tokens a sliding window scores", 1),
@@ -141,8 +141,8 @@ FIELDS = {name.upper(): Setting(*row) for name, row in SETTINGS.items()}
 Settings = dataclasses.make_dataclass(
     "Settings", [(name, type(row[0]), row[0]) for name, row in SETTINGS.items()], frozen=True)
 GROUPS = dict(DATA_PATH="data", RUN_ID="run", NUM_LAYERS="model", MATRIX_LR="optimizer", EMA_ENABLED="averaging, QAT",
-              EVAL_SEQ_LEN="evaluation", TTT_ENABLED="test-time training")  # by their first setting
-COMMON_PREFIXES = {"ARTIFACT", "DATA", "HEAD", "MAX", "MODEL", "NUM", "RUN"}  # common elsewhere
+              EVAL_SEQ_LEN="evaluation", TTT_ENABLED="test-time training")
+COMMON_PREFIXES = {"ARTIFACT", "DATA", "HEAD", "MAX", "MODEL", "NUM", "RUN"}
 PARSERS = {
     int: ("an integer", int), float: ("a number", float), str: ("text", str),
     bool: ("0 or 1", {"0": False, "1": True}.__getitem__),
@@ -514,7 +514,7 @@ def choose_attention(device, heads, kv_heads, head_dim):
             return name, attention
         except (RuntimeError, AttributeError) as e:  # some versions return a tuple
             reason = " ".join(str(e).split())[:300]
-    raise RunError(f"no attention kernel compiles and runs here: {reason}")
+    raise RunError(f"no attention kernel runs here: {reason}")
 
 
 def norm(x):
@@ -762,7 +762,7 @@ def lr_multiplier(step, s, elapsed_ms, budget_ms):
 
 
 def muon_momentum(step, s):
-    fraction = min(step / max(s.muon_momentum_warmup_steps, 1), 1.0)
+    fraction = min(step / s.muon_momentum_warmup_steps, 1) if s.muon_momentum_warmup_steps else 1
     return (1 - fraction) * s.muon_momentum_warmup_start + fraction * s.muon_momentum
 
 
@@ -976,7 +976,7 @@ class Scorer:
 # -------
 
 def chunk_epochs(s, val_loss, late):
-    change = (val_loss > s.ttt_entropy_high and not late) - (val_loss < s.ttt_entropy_low)
+    change = (val_loss > s.ttt_entropy_high and not late) - (0 < val_loss < s.ttt_entropy_low)
     return max(s.ttt_epochs + change * s.ttt_entropy_adapt, 1)
 
 
@@ -1129,7 +1129,7 @@ class Trainer:
             losses[name] = self.holdout.score_all(self.s.train_seq_len).val_loss
             log(f"weight_average:{name} holdout_loss:{losses[name]:.6f}")
         best = self.s.weight_average
-        if best not in losses:  # auto, or an average that this run was too short for
+        if best not in losses:  # auto, or the run was too short for it
             best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
         if not math.isfinite(losses[best]):
             raise RunError(f"held-out loss of the {best} weights: {losses[best]}; try lower learning rates")
@@ -1161,12 +1161,12 @@ def evaluate(s, scorer, start):
 
 
 def export(s, fingerprint, trainer, limit):
-    """The artifact, with a higher floor of the scales while it exceeds `limit` and that can help."""
+    """The artifact; while it exceeds `limit` and that can help, with a higher floor of the scales."""
     weights = trainer.model.state_dict()
     floor = max(trainer.floor, fit_scale_floor(weights, limit))
     data = pack_artifact(s, fingerprint, quantize(weights, floor))
-    while len(data) > limit and TINY < floor < 1:
-        floor *= 1.02
+    while len(data) > limit and floor < 1 and (floor > TINY or len(data) < 1.05 * limit):
+        floor = max(floor, 2**-10) * 1.02
         data = pack_artifact(s, fingerprint, quantize(weights, floor))
     return data
 
@@ -1174,7 +1174,8 @@ def export(s, fingerprint, trainer, limit):
 def run(s):
     global newton_schulz
     device = start_processes()
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch._dynamo.config.recompile_limit = 64
         newton_schulz = torch.compile(newton_schulz, dynamic=False, fullgraph=True)
     s = dataclasses.replace(s, run_id=from_rank0(s.run_id or str(uuid.uuid4())))
@@ -1190,8 +1191,8 @@ def run(s):
                 raise RunError(f"{name.upper()}={show(getattr(s, name))}, but the artifact was made with {show(stored[name])}")
     log("settings: " + " ".join(f"{name.upper()}={show(getattr(s, name))}" for name in SETTINGS))
     kernel, attention = choose_attention(device, s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})"
     log(f"{world_size()} x {hardware}, attention: {kernel}, torch {torch.__version__}, Python {platform.python_version()}")
     tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
     tables = ByteTables(*(t.to(device) for t in byte_tables(tokenizer)))
@@ -1217,7 +1218,7 @@ def run(s):
     except RuntimeError as e:
         raise RunError(f"artifact {path}: not a model of its settings ({' '.join(str(e).split())[:200]})") from None
     model, start = model.to(device).compile_on_cuda(), time.perf_counter()
-    if device.type == "cuda":  # compile, on made-up tokens and without a trace
+    if cuda:  # compile, on made-up tokens and without a trace
         made_up = torch.randint_like(tokens[:max(s.ttt_chunk_tokens, s.eval_seq_len) + 1], s.vocab_size)
         with undone(list(model.parameters())):
             scorer_of(model, made_up).score_all(s.eval_seq_len)

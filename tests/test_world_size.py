@@ -1,4 +1,4 @@
-"""1, 2 and 4 processes compute the same thing."""
+"""1, 2, 4 and 8 processes compute the same thing."""
 import socket
 import time
 
@@ -7,7 +7,7 @@ import torch
 
 import helpers
 
-WORLDS = (1, 2, 4)
+WORLDS = (1, 2, 4, 8)
 
 
 def spawn(world, folder):
