@@ -12,8 +12,8 @@ from train_gpt import RunError  # noqa: E402
 # stage: (what it is, is its change of val_bpb as it should be, what to say then, what to say otherwise)
 STAGES = {
     "training": ("trained", lambda change: True, "bits per byte of unseen text by the weights of the last step", ""),
-    "averaged": ("averaged", lambda change: change <= 0, "the average of weights with the lowest held-out loss",
-                 "chosen on held-out training text; validation text differs a little"),
+    "averaged": ("averaged", lambda change: change < 0.00005, "of raw weights, EMA and SWA the lowest loss on held-out training text",
+                 "chosen by held-out training text, which differs from validation text"),
     "roundtrip": ("int6 artifact", lambda change: change < 0.02, "what rounding the weights costs",
                   "rounding costs more than it should: late QAT had too few steps"),
     "sliding": ("sliding windows", lambda change: change < 0, "every token sees more of what stands before it",
