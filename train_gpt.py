@@ -1184,7 +1184,7 @@ def run(s):
     together(lambda: open_outputs(Path(f"logs/{s.run_id}.txt"), None if s.eval_only else path, source))
     if s.eval_only:
         data = read_on_rank0(path)
-        stored = unpack_artifact(data, path)[1]
+        made_with, stored, weights = unpack_artifact(data, path)
         s = dataclasses.replace(parse_settings(os.environ, stored), run_id=s.run_id)
         for name in MODEL_SETTINGS:
             if getattr(s, name) != stored[name]:
@@ -1208,8 +1208,8 @@ def run(s):
         log(f"averaged_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
         together(lambda: write_atomically(path, export(s, fingerprint, trainer, limit)) if rank() == 0 else None)
         data = read_on_rank0(path)
+        made_with, _, weights = unpack_artifact(data, path)
     log(f"Total submission size int6+lzma: {len(data) + len(source.encode())} bytes")
-    made_with, _, weights = unpack_artifact(data, path)
     if made_with != fingerprint:
         raise RunError(f"artifact {path}: made with another tokenizer than {s.tokenizer_path}")
     model = GPT(s, attention, dtype)

@@ -8,7 +8,7 @@ import sentencepiece
 import submission
 import train_gpt
 from make_shards import write_shards
-from runlog import Stage, parse_log, read_log, replace_file
+from runlog import Stage, parse_log, read_log
 from train_gpt import FIELDS, RunError, show
 
 SOURCE = Path(train_gpt.__file__).read_text("utf-8")
@@ -189,11 +189,13 @@ def test_a_failed_write_keeps_the_old_file(folder, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    Path("old").write_text("old")
+    run("--name", "first")
+    old = Path("submission.json").read_text()
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(Path("old"), "new")
-    assert Path("old").read_text() == "old" and sorted(path.name for path in folder.iterdir()) == ["logs", "old"]
+    with pytest.raises(SystemExit, match="disk full"):
+        run("--name", "second")
+    assert Path("submission.json").read_text() == old
+    assert sorted(path.name for path in folder.iterdir()) == ["logs", "submission.json"]
 
 
 @pytest.mark.parametrize("text, told", [

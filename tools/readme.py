@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from runlog import RunLog, read_log, replace_file  # noqa: E402
-from train_gpt import FIELDS, GROUPS, RunError, allowed, show  # noqa: E402
+from runlog import RunLog, read_log  # noqa: E402
+from train_gpt import FIELDS, GROUPS, RunError, allowed, show, write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 AVERAGES = dict(raw="raw: the last step's", ema="EMA", swa="SWA", ema_swa="mean of EMA and SWA")
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.check and stale:
             raise RunError(f"{args.readme}: not up to date ({' and '.join(stale)}); run `python tools/readme.py`")
         if new != old:
-            replace_file(args.readme, new)
+            write_atomically(args.readme, new.encode())
     except (RunError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"{args.readme}: " + (f"wrote {' and '.join(stale)}" if stale else "up to date"))

@@ -1,7 +1,6 @@
 """Read a log of train_gpt.py, logs/RUN_ID.txt: the program's source, a line of 100 '=', then what the run printed."""
 import ast
 import hashlib
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -111,13 +110,3 @@ def read_log(path: Path) -> RunLog:
         raise RunError(f"{path}: no log of train_gpt.py; it is no UTF-8 text") from None
     except OSError as e:
         raise RunError(f"{path}: cannot be read ({e.strerror})") from None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file through a temporary one beside it: under its name it is whole, or as it was. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(text.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

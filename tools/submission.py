@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from runlog import RunLog, read_log, replace_file  # noqa: E402
-from train_gpt import FIELDS, RunError  # noqa: E402
+from runlog import RunLog, read_log  # noqa: E402
+from train_gpt import FIELDS, RunError, write_atomically  # noqa: E402
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_gpt.py"
 LIMIT = FIELDS["ARTIFACT_LIMIT"].default  # bytes
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         log_path = Path(os.path.relpath(args.log, args.out.parent)).as_posix()
         result = submission(read_log(args.log), log_path, PROGRAM.read_text("utf-8"), args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(args.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(args.out, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     except (RunError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"wrote {args.out}: val_bpb {result['val_bpb']:.4f}, {result['bytes_total']:,} bytes")
