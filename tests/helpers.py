@@ -66,13 +66,13 @@ def scorer_of(model, s, tokens, cls=T.Scorer):
 
 
 def trainer_of(folder, **extra):
-    """A Trainer on the shards in folder; `steps` collects what each step returns."""
+    """A Trainer on the shards in folder; `measured` collects what each step returns."""
     trainer = T.Trainer(settings(DATA_PATH=folder, **extra), torch.device("cpu"), T.torch_attention, torch.float32)
-    trainer.steps, step = [], trainer.step
+    trainer.measured, step = [], trainer.step
 
     def recorded(*args, **kwargs):
-        trainer.steps.append(step(*args, **kwargs))
-        return trainer.steps[-1]
+        trainer.measured.append(step(*args, **kwargs))
+        return trainer.measured[-1]
 
     trainer.step = recorded
     return trainer
@@ -92,11 +92,10 @@ def worker(rank, world, folder, port):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    T.SMALL = 0  # the tiny banks are rounded as large ones are
     T.start_processes()
-    trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, WEIGHT_AVERAGE="ema", MATRIX_LR=0.01, BIGRAM_DIM=32)
+    trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, SWA_ENABLED=0, MATRIX_LR=0.01, BIGRAM_DIM=32)
     trainer.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)
-    found = dict(steps=torch.stack(trainer.steps), weights=snapshot(trainer.weights))
+    found = dict(steps=torch.stack(trainer.measured), weights=snapshot(trainer.weights))
     if world > 1:  # start from the very same weights, so that only scoring and learning are compared
         T.copy_weights(trainer.weights, torch.load(f"{folder}/1-0.pt", weights_only=False)["weights"])
 

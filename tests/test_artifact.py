@@ -1,34 +1,42 @@
-"""The artifact gives back what the quantizer made, fits its limit, and is refused whole when any of it is wrong."""
+"""The artifact gives back what the quantizer made, is as small as entropy allows, lands just under its limit, and is refused
+whole when any of it is wrong."""
 import hashlib
 import io
 import lzma
+import math
 import os
 import pickle
-from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
+import constriction
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as T
-from helpers import random_batch, random_model, settings
+from helpers import made_up_tokens, random_batch, random_model, settings
 
-LARGE = dict(MODEL_DIM=288, NUM_LAYERS=1, VE_LAYERS=0, VOCAB_SIZE=512)  # banks and tables on both sides of T.SMALL
+LARGE = dict(MODEL_DIM=288, NUM_LAYERS=2, VE_LAYERS="0", VOCAB_SIZE=512)
 
 
-@pytest.fixture(params=["tiny", "large"])
-def model(request, monkeypatch):
-    """A tiny model whose matrices all count as large, and one with large and small ones as they are."""
-    if request.param == "tiny":
-        monkeypatch.setattr(T, "SMALL", 0)
-    return random_model(settings(**({} if request.param == "tiny" else LARGE)))
+def quantized(model, quantizer="gptq", knob=1.0):
+    """What the exporter would store of a model, and the steps, the moments and the Fisher information behind that."""
+    s = settings(QUANTIZER=quantizer)
+    moments, fisher = T.calibrate(model, torch.as_tensor(made_up_tokens(641)).int(), 16)
+    base = T.base_steps(s, model, fisher)
+    return T.quantize(s, model.state_dict(), T.scaled(s, base, knob), moments), base, moments
+
+
+@pytest.fixture(scope="module")
+def large():
+    return random_model(settings(**LARGE))
 
 
 @pytest.fixture(scope="module")
 def artifact():
-    return T.pack_artifact(settings(), "f" * 64, T.quantize(random_model(settings()).state_dict(), T.TINY))
+    model = random_model(settings())
+    return T.pack_artifact(model.s, "f" * 64, quantized(model)[0])
 
 
 def refused(data):
@@ -38,152 +46,162 @@ def refused(data):
         return "artifact x.bin" in str(e) and "\n" not in str(e)
 
 
-# Quantization
+# Entropy coding
 
-def test_row_quantiles_are_torchs():
-    generator = torch.Generator().manual_seed(0)
-    for columns in [*range(1, 40), 512, 999, 1000, 1001, 1002, 1536, 2001, 10001, 100001]:
-        a = torch.rand(3, columns, generator=generator)
-        for quantiles in ((0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)):
-            for quantile, clip in zip(quantiles, T.row_quantiles(a, quantiles), strict=True):
-                assert torch.equal(clip, torch.quantile(a, quantile, dim=-1, keepdim=True)), (columns, quantile)
+def frequencies(symbols, size):
+    counts = np.bincount(symbols, minlength=size)[None]
+    return counts[0], T.frequencies(counts)
 
 
-def bank_with_outliers():
-    """(6, 5, 3000): rows of all sizes, matrices with ever fewer and larger outliers."""
-    generator = torch.Generator().manual_seed(0)
-    bank = torch.randn(6, 5, 3000, generator=generator) * torch.logspace(-3, 1, 5)[:, None]
-    rare = torch.tensor([1, 20, 50, 100, 200, 400])[:, None, None]
-    return bank * (1 + 4 * torch.rand(bank.shape, generator=generator) ** rare)
+def test_frequencies_sum_up_however_many_integers_there_are():
+    random = np.random.default_rng(0)
+    for n, deviation in ((1, 1), (1536, 300), (100_000, 1000), (8191 * 3, 0), (2, 4000)):
+        symbols = np.arange(n) % 8191 if not deviation else np.clip(np.rint(random.normal(0, deviation, n)), -4095, 4095).astype(int) + 4095
+        counts, frequency = frequencies(symbols, 8191)
+        assert frequency.sum() == 2**T.PRECISION and ((frequency[0] > 0) == (counts > 0)).all()
+        if n > 10_000:  # in proportion, but for the least ones
+            assert np.abs(frequency[0] / 2**T.PRECISION - counts / n).max() < 0.01
 
 
-def test_int6_takes_the_clip_quantile_of_least_error_for_each_matrix():
-    bank = bank_with_outliers()
-    scales, chosen = T.int6_scales(bank), set()
-    for matrix, scale in zip(bank, scales):
-        errors, options = [], []
-        for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1):
-            clip = torch.quantile(matrix.abs(), quantile, dim=-1, keepdim=True)
-            options.append((clip / 31).half().float())
-            q = (matrix / options[-1]).round().clamp(-31, 31)
-            errors.append(((q * options[-1] - matrix) ** 2).mean().item())
-        best = errors.index(min(errors))
-        chosen.add(best)
-        assert torch.equal(scale, options[best])
-    assert len(chosen) > 1
+@pytest.mark.parametrize("deviation", [3, 6, 12])
+def test_rans_is_within_a_thousandth_of_constriction_and_half_a_percent_of_the_entropy(deviation):
+    n, random = 3_000_000, np.random.default_rng(0)
+    symbols = np.rint(deviation * random.standard_normal(n)).astype(int) + 80
+    counts, frequency = frequencies(symbols, 161)
+    code = T.rans_encode(frequency, np.zeros(n, np.uint8), symbols.astype(np.int16))
+    p = counts[counts > 0] / n
+    coder = constriction.stream.stack.AnsCoder()
+    rank = np.cumsum(counts > 0) - 1
+    coder.encode_reverse(rank[symbols].astype(np.int32), constriction.stream.model.Categorical(p, perfect=False))
+    assert len(code) <= 1.001 * 4 * len(coder.get_compressed())
+    assert len(code) <= 1.005 * -(p * np.log2(p)).sum() * n / 8
+    assert np.array_equal(T.rans_decode(frequency, np.zeros(n, np.uint8), code), symbols)
 
 
-def test_the_first_of_equal_clip_quantiles_wins(monkeypatch):
-    bank = torch.tensor([[[0, 31, 31 * (1 + 2 ** -10)]]])  # either clip moves one entry by 31 / 1024
-    for quantiles, scale in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2 ** -10)):
-        monkeypatch.setattr(T, "CLIP_QUANTILES", quantiles)
-        assert T.int6_scales(bank).item() == scale
+@pytest.mark.parametrize("n", [1, 2, 7, 4095, 4096, 8192, 12289, 100_001])
+def test_rans_gives_back_every_length_and_every_mix_of_contexts(n):
+    random = np.random.default_rng(n)
+    contexts = random.integers(3, size=n).astype(np.uint8)
+    symbols = (random.integers(5, size=n) * (contexts + 1)).astype(np.int16)  # a context has symbols of its own
+    tables = np.concatenate([frequencies(symbols[contexts == c] if (contexts == c).any() else np.zeros(1, int), 15)[1]
+                             for c in range(3)])
+    code = T.rans_encode(tables, contexts, symbols)
+    assert np.array_equal(T.rans_decode(tables, contexts, code), symbols)
+    for wrong in (code[:-2], code + b"\0\0"):
+        with pytest.raises(ValueError):
+            T.rans_decode(tables, contexts, wrong)
 
 
-def test_the_order_of_the_clip_quantiles_matters_for_equals_alone(monkeypatch):
-    bank, scales = bank_with_outliers(), []
-    for quantiles in permutations((0.999, 0.9999, 1.0)):
-        monkeypatch.setattr(T, "CLIP_QUANTILES", quantiles)
-        scales.append(T.int6_scales(bank))
-    assert all(torch.equal(scale, scales[0]) for scale in scales)
+def test_one_certain_symbol_takes_no_bits():
+    table = np.zeros((1, 9), np.uint64)
+    table[0, 4] = 2**T.PRECISION
+    code = T.rans_encode(table, np.zeros(50_000, np.uint8), np.full(50_000, 4, np.int16))
+    assert len(code) == 4 * T.lanes_of(50_000)
 
 
-def test_the_scale_floor_only_touches_rows_of_small_weights():
-    bank = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0], [0.01], [100]])
-    free, floored = T.int6_scales(bank).flatten(), T.int6_scales(bank, floor=1 / 31).flatten()
-    assert free[0] == T.TINY and free[1] < 0.002
-    assert floored[:2].tolist() == [torch.tensor(1 / 31).half().item()] * 2
-    assert floored[2] == free[2]
-    assert T.fake_quantize(bank, T.int6_scales(bank))[0, 0].tolist() == [0] * 64
+def test_the_estimate_is_what_the_artifact_takes(large):
+    for knob in (0.5, 1, 4, 32):
+        stored, _, _ = quantized(large, knob=knob)
+        size = len(T.pack_artifact(large.s, "f" * 64, stored))
+        assert T.estimate_bytes(stored) == pytest.approx(size, rel=0.01, abs=5000)
 
 
-def test_int6_and_int8_stay_in_their_range(model):
-    weights = model.state_dict()
-    stored = T.quantize(weights, T.TINY)
-    for name, q in stored.items():
-        if name + ".scale" in stored:
-            limit, scale = 31 if name in T.GPT.BANKS else 127, stored[name + ".scale"]
-            assert q.dtype == torch.int8 and scale.dtype == torch.float16
-            assert scale.shape == (*q.shape[:-1], 1)  # one a row
-            assert q.abs().max() == limit
-            inside = q.abs() < limit
-            error = (q.float() * scale.float() - weights[name]).abs()
-            assert (error <= (0.5 + 0.07) * scale.float())[inside].all()  # 0.07: 127 fp16 scales are not exact
-        else:
-            assert q.dtype == torch.float16
-    assert {"tok_emb.scale", "up_bank.scale"} <= set(stored)
-    assert not {"smear_gate.scale", "ve_scale.scale"} & set(stored)
+def test_integers_take_at_most_half_a_percent_more_than_their_matrices_entropy(large):
+    stored, _, _ = quantized(large)
+    bits = 0
+    for q in stored.values():
+        for matrix in q.view(-1, *q.shape[-2:]) if q.dtype == torch.int16 else ():
+            p = torch.bincount(matrix.flatten() + T.MOST).double() / matrix.numel()
+            bits -= matrix.numel() * torch.xlogy(p, p).sum().item() / math.log(2)
+    data = T.pack_artifact(large.s, "f" * 64, stored)
+    assert len(data) - 44 - int.from_bytes(data[40:44], "little") <= 1.005 * bits / 8
 
 
 # Packing
 
-def test_the_artifact_gives_back_what_the_quantizer_made(model):
-    stored = T.quantize(model.state_dict(), 0.001)
-    fingerprint, kept, weights = T.unpack_artifact(T.pack_artifact(model.s, "f" * 64, stored), "x.bin")
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_the_artifact_gives_back_what_the_quantizer_made(quantizer):
+    model = random_model(settings())
+    stored, _, _ = quantized(model, quantizer)
+    fingerprint, kept, found = T.unpack_artifact(T.pack_artifact(model.s, "f" * 64, stored), "x.bin")
     assert fingerprint == "f" * 64
     assert kept == {name: getattr(model.s, name) for name in T.NAMES if name not in T.LOCAL_SETTINGS}
-    expected = T.dequantize(stored)
-    assert list(weights) == list(expected) == list(model.state_dict())
-    for name, w in weights.items():
-        assert w.dtype == torch.float32 and torch.equal(w, expected[name])
-    for name, bank, scale in zip(model.BANKS, model.banks(), T.bank_scales(model, 0.001)):
-        assert torch.equal(T.fake_quantize(bank, scale), weights[name])
-
-
-def test_the_artifact_is_the_model_that_late_qat_trains(model):
+    assert found.keys() == stored.keys()
+    for name, t in found.items():
+        assert t.dtype == stored[name].dtype and torch.equal(t, stored[name])
+    other = T.GPT(model.s)
+    other.load_state_dict(T.dequantize(found))
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name not in model.BANKS:  # only the banks are rounded in training
-                p.copy_(T.dequantize(T.quantize({name: p}, T.TINY))[name])
-        stored = T.quantize({name: p for name, p in model.state_dict().items() if name in model.BANKS}, T.TINY)
-        stored |= {name: p for name, p in model.state_dict().items() if name not in model.BANKS}
-        other = T.GPT(model.s)
-        other.load_state_dict(T.unpack_artifact(T.pack_artifact(model.s, "", stored), "x.bin")[2])
-        assert torch.equal(model(*random_batch(), T.bank_scales(model, T.TINY)), other(*random_batch()))
+        assert (model(*random_batch()) - other(*random_batch())).abs().mean() < 0.1
 
 
-@pytest.fixture(scope="module")
-def uneven():
-    """A model with rows of all sizes, up to twice as large, and the bytes of its artifact."""
-    model, generator = random_model(settings(**LARGE)), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for bank in model.banks():
-            bank *= 2 * torch.rand(*bank.shape[:2], 1, generator=generator)
-    return model, len(T.pack_artifact(model.s, "", T.quantize(model.state_dict(), T.TINY)))
+def test_integers_of_all_sizes_are_kept():
+    stored = {"a": torch.tensor([[-T.MOST, 0, T.MOST], [0, 0, 0]], dtype=torch.int16), "a.scale": torch.ones(2, 1).half(),
+              "b": torch.tensor(0.5).half()}
+    found = T.unpack_artifact(T.pack_artifact(settings(), "", stored), "x.bin")[2]
+    assert all(torch.equal(found[name], t) for name, t in stored.items())
 
 
-def test_the_scale_floor_makes_the_artifact_fit(uneven):
-    model, free = uneven
-    weights = model.state_dict()
-    assert T.fit_scale_floor(weights, int(1.07 * free)) == T.TINY
-    floors = [T.fit_scale_floor(weights, int(part * free)) for part in (0.95, 0.8)]
-    assert T.TINY < floors[0] < floors[1]
-    for part, floor in zip((0.95, 0.8), floors):
-        size = len(T.pack_artifact(model.s, "", T.quantize(weights, floor)))
-        assert 0.9 * part * free < size <= part * free  # and no coarser than needed
-    assert T.fit_scale_floor(weights, 1000) == T.TINY  # none would do
+@pytest.mark.parametrize("mlp_mult, bits", [(1, 5), (3, 4), (3, 2), (8, 1)])
+def test_the_export_lands_just_under_a_limit_that_binds(mlp_mult, bits):
+    """Whatever the model's size: more weights are coarser weights."""
+    model = random_model(settings(MODEL_DIM=192, NUM_LAYERS=2, VE_LAYERS="0", MLP_MULT=mlp_mult))
+    s = settings()
+    _, base, moments = quantized(model)
+    limit = bits * sum(w.numel() for w in model.quantized().values()) // 8 + 10_000
+    data = T.export(s, "", SimpleNamespace(model=model, base=base, knob=1.0), moments, limit)
+    assert limit - 20_000 < len(data) <= limit
 
 
-def test_an_artifact_that_came_out_too_large_is_made_again(uneven, monkeypatch):
-    model, free = uneven
-    monkeypatch.setattr(T, "fit_scale_floor", lambda weights, limit: 0.017)  # 0.82 of it
-    data = T.export(model.s, "", SimpleNamespace(model=model, floor=T.TINY), int(0.8 * free))
-    assert 0.78 * free < len(data) <= int(0.8 * free)
+@pytest.mark.parametrize("knob", [1.0, 1.5])
+def test_the_export_is_no_finer_than_matrix_step(large, knob):
+    _, base, moments = quantized(large)
+    s = settings()
+    data = T.export(s, "", SimpleNamespace(model=large, base=base, knob=knob), moments, 10**8)
+    assert data == T.pack_artifact(s, "", T.quantize(s, large.state_dict(), T.scaled(s, base, 1.0), moments))
+
+
+def test_an_export_that_cannot_fit_ends():
+    model = random_model(settings())
+    _, base, moments = quantized(model)
+    assert len(T.export(settings(), "", SimpleNamespace(model=model, base=base, knob=1.0), moments, 100)) > 100
 
 
 # Bad artifacts
 
 def test_every_truncation_is_refused(artifact):
-    lengths = [*range(60), *range(60, len(artifact), 997), len(artifact) - 1]
+    lengths = [*range(60), *range(60, len(artifact), 17), len(artifact) - 1]
     assert all(refused(artifact[:length]) for length in lengths)
     assert refused(artifact + b"\0")
 
 
 def test_every_altered_byte_is_refused(artifact):
-    for i in [*range(60), *range(60, len(artifact), 997), len(artifact) - 1]:
+    for i in range(len(artifact)):
         altered = bytearray(artifact)
         altered[i] ^= 1 << i % 8
         assert refused(bytes(altered)), i
+
+
+def test_mutations_behind_a_right_checksum_end_in_an_error_or_in_a_model_of_the_right_form(artifact):
+    """As a forger would make them: bytes altered, dropped, doubled, in header and code."""
+    random, good = np.random.default_rng(0), T.unpack_artifact(artifact, "x.bin")[2]
+    end, outcomes = 44 + int.from_bytes(artifact[40:44], "little"), []
+    for i in range(200):
+        body = bytearray(artifact[40:])
+        at = random.integers(0, 4) if i % 10 == 0 else random.integers(4, end - 40) if i % 2 else random.integers(end - 40, len(body))
+        if i % 3 == 0:
+            del body[at:at + random.integers(1, 9)]
+        elif i % 3 == 1:
+            body[at:at] = body[at:at + 8]
+        else:
+            body[at] ^= 1 << random.integers(8)
+        try:
+            found = T.unpack_artifact(with_checksum(bytes(body)), "x.bin")[2]
+            assert {name: (t.shape, t.dtype) for name, t in found.items()} == {n: (t.shape, t.dtype) for n, t in good.items()}
+        except T.RunError as e:
+            assert "artifact x.bin" in str(e) and "\n" not in str(e)
+            outcomes.append(i)
+    assert len(outcomes) > 190
 
 
 def with_checksum(packed):
@@ -206,30 +224,44 @@ def npz(**arrays):
     return file.getvalue()
 
 
-def header_of(artifact):
-    return np.load(io.BytesIO(lzma.decompress(artifact[40:])))["header"]
+def parts_of(artifact):
+    """The arrays of the .npz file, and the code."""
+    end = 44 + int.from_bytes(artifact[40:44], "little")
+    with np.load(io.BytesIO(lzma.decompress(artifact[44:end]))) as file:
+        return dict(file), artifact[end:]
+
+
+def sealed(side, code=b""):
+    return with_checksum(len(side).to_bytes(4, "little") + side + code)
 
 
 def test_nothing_in_an_artifact_is_executed(artifact, tmp_path):
-    evil, header = Evil(tmp_path / "executed"), header_of(artifact)
-    loaders = [lambda data: np.load(io.BytesIO(data), allow_pickle=True)["tok_emb"], pickle.loads]
-    for data, loader in zip((npz(header=header, tok_emb=np.array([evil])), pickle.dumps(evil)), loaders):
-        assert refused(with_checksum(lzma.compress(data)))
+    evil, (arrays, code) = Evil(tmp_path / "executed"), parts_of(artifact)
+    loaders = [lambda data: np.load(io.BytesIO(data), allow_pickle=True)["smear_gate"], pickle.loads]
+    for data, loader in zip((npz(**arrays | dict(smear_gate=np.array([evil]))), pickle.dumps(evil)), loaders):
+        assert refused(sealed(lzma.compress(data), code))
         assert not (tmp_path / "executed").exists()
         loader(data)  # it would have worked
         (tmp_path / "executed").rmdir()
 
 
 def test_other_formats_with_a_right_checksum_are_refused(artifact):
-    content = lzma.decompress(artifact[40:])
-    good, numbers = np.load(io.BytesIO(content))["header"], np.zeros(3, np.int8)
-    assert not refused(with_checksum(lzma.compress(npz(header=good))))
-    for packed in (b"", content, artifact[40:-9], *(lzma.compress(data) for data in (
-            b"", b"nothing", content[:-100], content[:200], npz(), npz(tok_emb=numbers), npz(header=numbers),
+    arrays, code = parts_of(artifact)
+    good, header, numbers = npz(**arrays), arrays["header"], np.zeros(3, np.int8)
+    less = {name: a for name, a in arrays.items() if name != "qo_bank.rows"}
+    assert not refused(sealed(lzma.compress(good), code))
+    for side in (b"", good, artifact[44:200], *(lzma.compress(data) for data in (
+            b"", b"nothing", good[:-100], good[:200], npz(), npz(header=numbers), npz(header=header), npz(**less),
             *(npz(header=np.frombuffer(text, np.uint8)) for text in (
                 b"[1]", b'{"settings": 3}', b'{"tokenizer": "", "settings": {"ve_layers": []}}')),
-            npz(header=good, tok_emb=np.array(["text"])), npz(header=good, **{"a": numbers, "a.scale": np.zeros(2)})))):
-        assert refused(with_checksum(packed))
+            *(npz(**arrays | change) for change in (
+                dict(smear_gate=np.array(["text"])), {"qo_bank.rows": arrays["qo_bank.rows"] + 40},
+                {"qo_bank.rows": arrays["qo_bank.rows"][:-1]}, dict(frequency=2 * arrays["frequency"]),
+                dict(frequency=arrays["frequency"][:, 1:])))))):
+        assert refused(sealed(side, code)), side[:80]
+    for other in (b"", code[:-2], code + b"\0\0", code[2:]):
+        assert refused(sealed(lzma.compress(good), other))
+    assert refused(with_checksum(b"")) and refused(with_checksum(artifact[40:43]))
 
 
 # Writing

@@ -45,8 +45,9 @@ def test_a_shard_that_was_cut_is_named(tmp_path, size):
 
 
 def test_a_shard_that_cannot_be_read_is_named(tmp_path):
-    assert error_of(T.open_shard, tmp_path / "none.bin") == f"shard {tmp_path / 'none.bin'}: No such file or directory"
-    assert str(tmp_path) in error_of(T.open_shard, tmp_path)
+    for path in (tmp_path / "none.bin", tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            T.open_shard(path)
 
 
 def test_shards_are_opened_in_name_order_and_by_split(tmp_path):
@@ -78,26 +79,26 @@ SHARDS = np.split(np.arange(20, dtype=np.uint16), [7, 8])  # of 7, 1 and 12 toke
 
 
 def test_a_stream_is_its_shards_one_after_another_and_wraps_around():
-    stream, endless = T.TokenStream(SHARDS), np.tile(np.concatenate(SHARDS), 6)
+    endless = np.tile(np.concatenate(SHARDS), 6)
     for position in range(45):
         for count in (1, 2, 5, 12, 20, 21, 61):
-            assert stream.read(position, count).tolist() == endless[position:position + count].tolist()
-    assert stream.read(20 * 10**12 + 19, 2).tolist() == [19, 0]
+            assert T.read_stream(SHARDS, position, count).tolist() == endless[position:position + count].tolist()
+    assert T.read_stream(SHARDS, 20 * 10**12 + 19, 2).tolist() == [19, 0]
 
 
-def spans_of(monkeypatch, rank, world_size, stream, span=5, vocab_size=1000, steps=6):
+def spans_of(monkeypatch, rank, world_size, shards, span=5, vocab_size=1000, steps=6):
     monkeypatch.setattr(T, "rank", lambda: rank)
     monkeypatch.setattr(T, "world_size", lambda: world_size)
-    with closing(T.batches(stream, span, vocab_size, pin=False)) as spans:
+    with closing(T.batches(shards, span, vocab_size)) as spans:
         return torch.stack(list(islice(spans, steps)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, world_size):
-    stream = T.TokenStream(np.split(np.arange(101, dtype=np.uint16), [40, 77]))
+    shards = np.split(np.arange(101, dtype=np.uint16), [40, 77])
     eight = torch.arange(6 * 8 * 6).view(6, 8, 6) % 101  # (steps, spans, span + 1): consecutive tokens, wrapping around
     for rank in range(world_size):
-        spans = spans_of(monkeypatch, rank, world_size, stream)
+        spans = spans_of(monkeypatch, rank, world_size, shards)
         assert spans.dtype == torch.int32 and spans.shape == (6, 8 // world_size, 6)
         for m in range(8 // world_size):
             assert torch.equal(spans[:, m].long(), eight[:, m * world_size + rank])
@@ -106,13 +107,12 @@ def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, w
 def test_a_bad_id_stops_the_rank_and_the_step_that_read_it(monkeypatch):
     tokens = np.arange(2000, dtype=np.uint16) % 100
     tokens[6 * 43 + 2] = 100  # span 43 is the fourth of step 5: rank 1's of 2, rank 3's of 4
-    stream = T.TokenStream([tokens])
     for rank, world_size in ((0, 1), (1, 2), (3, 4)):
-        spans_of(monkeypatch, rank, world_size, stream, vocab_size=100, steps=5)
-        message = error_of(spans_of, monkeypatch, rank, world_size, stream, 5, 100, 6)
+        spans_of(monkeypatch, rank, world_size, [tokens], vocab_size=100, steps=5)
+        message = error_of(spans_of, monkeypatch, rank, world_size, [tokens], 5, 100, 6)
         assert "span 43" in message and "token id 100 " in message and "VOCAB_SIZE=100" in message
-    spans_of(monkeypatch, 0, 2, stream, vocab_size=100)
-    spans_of(monkeypatch, 0, 1, stream, vocab_size=101)
+    spans_of(monkeypatch, 0, 2, [tokens], vocab_size=100)
+    spans_of(monkeypatch, 0, 1, [tokens], vocab_size=101)
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +145,13 @@ def test_the_holdout_is_the_tail_and_is_not_trained_on(tokens, seq_len, count):
     train, holdout = T.split_holdout(shards, tokens, seq_len)
     assert holdout.tolist() == list(range(1030 - count, 1030))
     assert np.concatenate(train).tolist() == list(range(1030 - count))
-    assert T.TokenStream(train).read(1029 - count, 2).tolist() == [1029 - count, 0]
+    assert T.read_stream(train, 1029 - count, 2).tolist() == [1029 - count, 0]
 
 
 @pytest.mark.parametrize("tokens, seq_len", [(9, 10), (10**9, 251)])
 def test_a_holdout_that_holds_no_sequence_is_an_error(tokens, seq_len):
     message = error_of(T.split_holdout, [np.arange(30), np.arange(1000)], tokens, seq_len)
-    assert f"HOLDOUT_TOKENS={tokens}" in message and f"TRAIN_SEQ_LEN={seq_len}" in message
+    assert "HOLDOUT_TOKENS" in message and f"TRAIN_SEQ_LEN={seq_len}" in message
 
 
 KNOWN = ["", "return", " return", "one two  three   four", "    if x:\n        return x\n\n\n", "\tdef f(x):\r\n",

@@ -1,4 +1,5 @@
 """tools/readme.py: the generated parts of README.md."""
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,9 @@ Between: the line `<!-- generated: demo -->` opens a part.
 old text
 <!-- end -->
 
+<!-- generated: speed -->
+<!-- end -->
+
 After.
 """
 
@@ -36,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*arguments: str) -> str:
-    readme.main(["--readme", "README.md", "--log", "demo.txt", *arguments])
+    readme.main(["--readme", "README.md", "--log", "demo.txt", "--bench", ".", *arguments])
     return Path("README.md").read_text("utf-8")
 
 
@@ -82,7 +86,7 @@ def test_the_demo_part_says_what_the_log_says():
         ["stage", "val_bpb", "change", "seconds", "peak memory (MiB)"],
         ["end of training", "3.1111", "", "20.0", "687"],
         ["averaged weights (EMA)", "3.0831", "-0.0280", "18.1", "687"],
-        ["int6 roundtrip", "3.0885", "+0.0054", "7.9", "1,687"],
+        ["artifact, read back", "3.0885", "+0.0054", "7.9", "1,687"],
         ["sliding windows, stride 32", "3.0788", "-0.0097", "29.1", "1,702"],
         ["score-first TTT", "3.0709", "-0.0079", "75.5", "2,687"]]
     assert "40 steps of 4,096 tokens at 8,192 tokens per second, on 8 x NVIDIA H100 80GB HBM3, torch 2.9.1+cu128" in text
@@ -105,6 +109,45 @@ def test_columns_are_of_even_width_and_bars_are_escaped():
         "| a    | number |", "|------|-------:|", r"| x\|y |      1 |"]
 
 
+HEADER = ["machine", "attention kernel", "ms per 786,432-token step per GPU", "tokens/s", "share of peak",
+          "scoring tokens/s", "TTT seconds per million tokens", "peak memory (MiB)"]
+NONE = ["not measured"] * 8
+
+
+def result(bench, machine="NVIDIA H200", processes=1, attention="cudnn", tokens_per_second=1e6, **changed):
+    """Of a line of tools/bench.py what readme.py reads; settings in capitals."""
+    return dict(bench=bench, machine=machine, processes=processes, attention=attention, tokens_per_second=tokens_per_second,
+                share_of_peak=0.4321, peak_memory_mib=54321, seconds_per_million_tokens=12.345, settings=changed)
+
+
+def test_the_speed_part_without_figures_says_so():
+    assert cells(readme.speed_part([])) == [HEADER, ["one H200", *NONE[1:]]]
+
+
+def test_the_speed_part_has_the_fastest_figures_of_each_machine_and_kernel():
+    text = readme.speed_part([
+        result("train", tokens_per_second=1_250_000), result("train", tokens_per_second=1_200_000),
+        result("train", tokens_per_second=1_300_000, MICRO_BATCH_TOKENS="196608"),
+        result("train", tokens_per_second=9e9, NUM_LAYERS="2"),
+        result("score", tokens_per_second=62_000.4), result("score", tokens_per_second=2e6, EVAL_STRIDE="2048"),
+        result("ttt", DATA_PATH="x"), result("train", attention="flash", tokens_per_second=1_100_000), result("artifact"),
+        result("train", machine="NVIDIA H100 80GB HBM3", processes=8, tokens_per_second=9_000_000)])
+    assert cells(text) == [
+        HEADER, ["8 x H100 80GB HBM3", "cudnn", "699.1", "9,000,000", "43.2%", *NONE[:2], "54,321"],
+        ["one H200", "cudnn", "604.9", "1,300,000", "43.2%", "62,000", "12.35", "54,321"],
+        ["one H200", "flash", "714.9", "1,100,000", "43.2%", *NONE[:2], "54,321"]]
+
+
+def test_figures_are_read_from_the_folder(folder):
+    Path("a.jsonl").write_text(json.dumps(result("ttt")) + "\n" + json.dumps(result("score")) + "\n")
+    Path("b.jsonl").write_text(json.dumps(result("train")) + "\n")
+    assert cells(part(run(), "speed"))[1] == [
+        "one H200", "cudnn", "786.4", "1,000,000", "43.2%", "1,000,000", "12.35", "54,321"]
+    for broken in ("{", "[]", "1", '{"bench": "train"}'):
+        Path("b.jsonl").write_text(f"{json.dumps(result('train'))}\n{broken}\n")
+        assert fails() == "error: b.jsonl, line 2: no figures of tools/bench.py; measure again"
+
+
 def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     text = run()
     emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
@@ -113,12 +156,12 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     assert part(text, "demo").strip() == readme.demo_part(parse_log(make_log(), "sketch"))
     assert run() == run("--check") == text
     assert capsys.readouterr().out.splitlines() == [
-        "README.md: wrote settings and demo", "README.md: up to date", "README.md: up to date"]
+        "README.md: wrote settings and demo and speed", "README.md: up to date", "README.md: up to date"]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "demo.txt"]
 
 
 def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
-    assert fails("--check") == "error: README.md: not up to date (settings and demo); run `python tools/readme.py`"
+    assert fails("--check") == "error: README.md: not up to date (settings and demo and speed); run `python tools/readme.py`"
     run()
     Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
     assert "not up to date (demo)" in fails("--check")
@@ -127,7 +170,7 @@ def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
 @pytest.mark.parametrize("old, new, told", [
     ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
     ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
-    ("<!-- end -->\n\nAfter.", "After.", "closes the part `demo`"),
+    ("<!-- end -->\n\nAfter.", "After.", "closes the part `speed`"),
     ("<!-- generated: settings -->\n<!-- end -->\n", "<!-- generated: settings -->\n", "closes the part `settings`"),
 ])
 def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
@@ -147,7 +190,8 @@ def test_a_demo_that_did_not_finish_is_refused(folder):
 @pytest.mark.skipif(not (ROOT / "README.md").exists() or not (ROOT / "logs/demo.txt").exists(),
                     reason="README.md or logs/demo.txt is not there yet")
 def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs():
-    readme.main(["--check", "--readme", str(ROOT / "README.md"), "--log", str(ROOT / "logs/demo.txt")])
+    readme.main(["--check", "--readme", str(ROOT / "README.md"), "--log", str(ROOT / "logs/demo.txt"),
+                 "--bench", str(ROOT / "logs")])
     demo = part((ROOT / "README.md").read_text("utf-8"), "demo")
     scores = [row[1] for row in cells(demo)[1:]]
     logged = re.findall(r"val_bpb:(\d+\.\d+)", (ROOT / "logs/demo.txt").read_text("utf-8"))

@@ -35,6 +35,19 @@ def same(weights, others):
     return all(torch.equal(w, v) for w, v in zip(weights, others, strict=True))
 
 
+class Plain:
+    """In place of a model: forward() of what it is to score."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def matrices(self):
+        return None
+
+    def __call__(self, x, y, matrices):
+        return self.forward(x, y)
+
+
 # Windows
 
 @pytest.mark.parametrize("window", [1, 2, 16, 33])
@@ -91,7 +104,7 @@ def test_batches_have_one_shape():
         shapes.add(tuple(x.shape))
         return torch.zeros(x.shape)
 
-    T.Scorer(forward, torch.zeros(110, dtype=torch.int32), byte_tables(), 32, 4 * 32).score_all(5)
+    T.Scorer(Plain(forward), torch.zeros(110, dtype=torch.int32), byte_tables(), 32, 4 * 32).score_all(5)
     assert shapes == {(4, 32)}
 
 
@@ -128,7 +141,8 @@ def spied(n, **extra):
 
     spy = Spy(T.GPT(s), s)
     spy.events = events
-    scorer = SpyScorer(lambda x, y: torch.ones(x.shape), torch.arange(n + 1).int(), byte_tables(n + 1), s.eval_seq_len, 128)
+    model = Plain(lambda x, y: torch.ones(x.shape))
+    scorer = SpyScorer(model, torch.arange(n + 1).int(), byte_tables(n + 1), s.eval_seq_len, 128)
     return events, *T.score_first_ttt(scorer, spy, s)
 
 

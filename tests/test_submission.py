@@ -17,19 +17,21 @@ CHANGED = dict(RUN_ID="sketch", SEED="7", NUM_LAYERS="4", VE_LAYERS="2,3", TRAIN
 PRINTED = """\
 8 x NVIDIA H100 80GB HBM3, attention: FlashAttention 3, torch 2.9.1+cu128, Python 3.12.3
 3327044 parameters; tokens: 120001 for validation, 3967231 for training, 32769 held out
-warm-up: 2 steps, undone; 10337ms are kept for choosing the average
+warm-up took 24.2s; 10337ms are kept for average and calibration
 step:0/20000 val_loss:6.9310 val_bpb:3.8816 train_time:0ms step_avg:0.00ms
 step:10/20000 train_loss:6.8938 train_time:7661ms step_avg:766.09ms
 progress: training 72%, 8 s left
-late QAT from step 36, int6 scales of at least 5.96e-08
+late QAT from step 36, 1.000 times the record's steps
 step:40/20000 val_loss:5.5553 val_bpb:3.1111 train_time:20000ms step_avg:500.00ms
 weight_average:raw holdout_loss:5.558981
 weight_average:ema holdout_loss:5.510468
-weight_average:ema_swa holdout_loss:5.597565
+weight_average:swa holdout_loss:5.597565
 weight_average chosen:ema
-training: 40 steps in 20000ms, 38106ms with the choice of the average; peak memory 687 MiB
+training: 40 steps in 20000ms, 38106ms with average and calibration; peak memory 687 MiB
+averaged eval_time:5000ms, peak memory 687 MiB
 averaged_exact val_loss:5.50527908 val_bpb:3.08305629
-Total submission size int6+lzma: 2923801 bytes
+quantized by gptq in 1.5s, 1.000 times the record's steps
+Total submission size int+rans: 2923801 bytes
 compiled scoring and TTT in 61.3s
 final_int6_roundtrip eval_time:7853ms, peak memory 1687 MiB
 final_int6_roundtrip_exact val_loss:5.51504779 val_bpb:3.08852676
@@ -80,7 +82,7 @@ def test_each_figure_is_read_from_its_line():
     assert (log.hardware, log.attention) == ("8 x NVIDIA H100 80GB HBM3", "FlashAttention 3")
     assert (log.torch, log.python) == ("2.9.1+cu128", "3.12.3")
     assert (log.parameters, log.steps, log.bytes_total) == (3327044, 40, 2923801)
-    assert log.holdout_losses == dict(raw=5.558981, ema=5.510468, ema_swa=5.597565) and log.chosen == "ema"
+    assert log.holdout_losses == dict(raw=5.558981, ema=5.510468, swa=5.597565) and log.chosen == "ema"
     assert log.stages == dict(
         training=Stage(5.5553, 3.1111, 20.0, 687), averaged=Stage(5.50527908, 3.08305629, 18.106, 687),
         roundtrip=Stage(5.51504779, 3.08852676, 7.853, 1687), sliding=Stage(5.4976067, 3.07875962, 29.142, 1702),
@@ -163,7 +165,7 @@ def test_submission_holds_the_logs_figures(folder, capsys):
 def test_what_is_not_given_has_a_default(folder):
     result = run()
     assert result["name"] == "train_gpt.py, run sketch" and result["author"] == result["github_id"] == ""
-    assert result["blurb"] == ("40 steps of 4096 tokens, weight average ema, int6 weights packed with LZMA, "
+    assert result["blurb"] == ("40 steps of 4096 tokens, weight average ema, weights quantized by gptq and entropy-coded, "
                                "score-first test-time training")
 
 

@@ -27,13 +27,12 @@ def same(weights, others):
 
 # Warm-up and clock
 
-def test_warm_up_leaves_no_trace(folder, monkeypatch):
-    monkeypatch.setattr(T, "SMALL", 0)
-    runs = [trainer_of(folder, WARMUP_STEPS=n, ITERATIONS=6, LATE_QAT_THRESHOLD=0.9, WEIGHT_AVERAGE="raw") for n in (0, 3)]
+def test_warm_up_leaves_no_trace(folder):
+    runs = [trainer_of(folder, WARMUP_STEPS=n, ITERATIONS=6, LATE_QAT_THRESHOLD=0.9) for n in (0, 3)]
     for trainer in runs:
         trainer.run(validate, LIMIT)
-    assert [len(trainer.steps) for trainer in runs] == [6, 9]
-    assert torch.equal(torch.stack(runs[0].steps), torch.stack(runs[1].steps[3:]))
+    assert [len(trainer.measured) for trainer in runs] == [6, 9]
+    assert torch.equal(torch.stack(runs[0].measured), torch.stack(runs[1].measured[3:]))
     assert same(runs[0].weights, runs[1].weights)
 
 
@@ -46,10 +45,11 @@ def test_the_seed_decides(folder):
 class Clock:
     """Replaces train_gpt's time: it moves only when told to."""
 
-    def __init__(self, monkeypatch, trainer, step, holdout):
+    def __init__(self, monkeypatch, trainer, step, holdout, calibration):
         self.now = 0.0
         monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        for owner, name, seconds in ((trainer, "step", step), (trainer.holdout, "score_all", holdout)):
+        for owner, name, seconds in ((trainer, "step", step), (trainer.holdout, "score_all", holdout),
+                                     (trainer, "calibrate", calibration)):
             monkeypatch.setattr(owner, name, self.slow(getattr(owner, name), seconds))
 
     def slow(self, function, seconds):
@@ -59,11 +59,12 @@ class Clock:
         return run
 
 
-@pytest.mark.parametrize("cap, step, holdout, steps", [
-    (10, 0.5, 0, 20), (10, 0.5, 0.25, 17), (10, 0.75, 0.125, 12), (0.5, 1, 0, 1)])  # seconds
-def test_training_and_choosing_the_average_fit_under_the_cap(folder, monkeypatch, cap, step, holdout, steps):
-    trainer = trainer_of(folder, MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100, WARMUP_STEPS=2, SWA_EVERY=1, VAL_LOSS_EVERY=3)
-    clock, starts = Clock(monkeypatch, trainer, step, holdout), []
+@pytest.mark.parametrize("cap, step, holdout, calibration, steps", [
+    (10, 0.5, 0, 0, 20), (10, 0.5, 0.25, 0, 18), (10, 0.5, 0.25, 0.5, 16), (10, 0.75, 0.125, 0.25, 12), (0.5, 1, 0, 0, 1)])  # s
+def test_training_average_and_calibration_fit_under_the_cap(folder, monkeypatch, cap, step, holdout, calibration, steps):
+    trainer = trainer_of(folder, MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100, WARMUP_STEPS=2, SWA_EVERY=1, VAL_LOSS_EVERY=3,
+                         LATE_QAT=0)
+    clock, starts = Clock(monkeypatch, trainer, step, holdout, calibration), []
 
     def slow_validation():
         clock.now += 1000
@@ -71,17 +72,17 @@ def test_training_and_choosing_the_average_fit_under_the_cap(folder, monkeypatch
         return T.Score()
 
     trainer.run(slow_validation, LIMIT)
-    assert len(trainer.steps) == 2 + steps
+    assert len(trainer.measured) == 2 + steps
     assert len(starts) == len({*range(0, steps, 3), steps})  # validated so often, and it did not count:
-    training = clock.now - 2 * step - 2 * holdout - 1000 * len(starts)  # all but warm-up and validation
-    assert training == steps * step + 4 * holdout  # four averages were measured
+    training = clock.now - 2 * (step + holdout + calibration) - 1000 * len(starts)  # all but warm-up and validation
+    assert training == steps * step + 3 * holdout + calibration  # three averages were measured
     if steps > 1:
-        assert training <= cap < training + step + holdout  # (a fifth of what is kept free is a reserve)
+        assert training <= cap < training + step + holdout + calibration  # (a part of what is kept free is a reserve)
 
 
 def test_a_loss_that_is_not_finite_ends_training(folder):
     trainer = trainer_of(folder)
-    trainer.model.register_forward_hook(lambda model, args, nll: nll / (len(trainer.steps) < 2))
+    trainer.model.register_forward_hook(lambda model, args, nll: nll / (len(trainer.measured) < 2))
     with pytest.raises(T.RunError, match="^step 3: .*inf"):
         trainer.run(validate, LIMIT)
 
@@ -89,7 +90,7 @@ def test_a_loss_that_is_not_finite_ends_training(folder):
 def test_iterations_end_a_run_without_a_cap(folder):
     trainer = trainer_of(folder, ITERATIONS=3)
     trainer.run(validate, LIMIT)
-    assert len(trainer.steps) == 3
+    assert len(trainer.measured) == 3
 
 
 # Schedules
@@ -103,8 +104,8 @@ def test_learning_rate_multiplier_by_time():
 
 def test_learning_rate_multiplier_by_iterations():
     s = settings(WARMDOWN_ITERS=10, ITERATIONS=50)
-    assert [T.lr_multiplier(step, s, 0, None) for step in (0, 39, 40, 41, 45, 49)] == pytest.approx([1, 1, 1, 0.9, 0.5, 0.1])
-    assert T.lr_multiplier(3, settings(WARMDOWN_ITERS=0), 0, None) == 1
+    assert [T.lr_multiplier(step, s, 0, math.inf) for step in (0, 39, 40, 41, 45, 49)] == pytest.approx([1, 1, 1, 0.9, 0.5, 0.1])
+    assert T.lr_multiplier(3, settings(WARMDOWN_ITERS=0), 0, math.inf) == 1
 
 
 def test_muon_momentum_rises_linearly():
@@ -127,7 +128,7 @@ def test_ema_and_swa_are_those_of_a_plain_loop():
         ema = decay * ema + (1 - decay) * value
         samples += [value] if step >= 20 and step % 3 == 0 else []
     swa = sum(samples) / len(samples)
-    expected = dict(raw=value, ema=ema, swa=swa, ema_swa=(ema + swa) / 2)
+    expected = dict(raw=value, ema=ema, swa=swa)
     candidates = averages.candidates()
     assert list(candidates) == list(expected)
     for name, value in expected.items():
@@ -145,37 +146,80 @@ def test_only_what_is_enabled_is_a_candidate():
     assert list(averages.candidates()) == ["raw", "swa"]
 
 
-@pytest.mark.parametrize("asked", ["auto", "raw", "ema", "swa", "ema_swa"])
-def test_the_average_with_the_least_holdout_loss_is_exported_unless_one_is_asked_for(folder, asked):
-    trainer, losses = trainer_of(folder, WEIGHT_AVERAGE=asked), {}
+def test_the_average_with_the_least_holdout_loss_is_exported(folder):
+    trainer, losses = trainer_of(folder), {}
     candidates = {name: snapshot(random_model(trainer.s, seed).parameters())
-                  for seed, name in enumerate(("raw", "ema", "swa", "ema_swa"))}
+                  for seed, name in enumerate(("raw", "ema", "swa"))}
     for name, weights in candidates.items():
         T.copy_weights(trainer.weights, weights)
-        losses[name] = trainer.holdout.score_all(trainer.s.train_seq_len).val_loss
+        losses[name] = trainer.holdout_loss()
     trainer.choose(candidates)
-    assert same(trainer.weights, candidates[min(losses, key=losses.get) if asked == "auto" else asked])
+    assert same(trainer.weights, candidates[min(losses, key=losses.get)])
 
 
 def test_holdout_is_not_trained_on(folder):
     trainer = trainer_of(folder, HOLDOUT_TOKENS=200)
-    tokens = T.TokenStream(T.open_shards(folder, "train")).read(0, 7000).tolist()
+    tokens = T.read_stream(T.open_shards(folder, "train"), 0, 7000).tolist()
     length = len(trainer.holdout.tokens)
     assert length == 200 // 16 * 16 + 1  # whole sequences
     assert trainer.holdout.tokens.tolist() == tokens[-length:]
-    assert trainer.stream.starts[-1] == 7000 - length
-    assert trainer.stream.read(0, 14000).tolist() == (tokens[:-length] * 3)[:14000]
+    assert sum(map(len, trainer.shards)) == 7000 - length
+    assert T.read_stream(trainer.shards, 0, 14000).tolist() == (tokens[:-length] * 3)[:14000]
 
 
 # Late QAT
 
-def rounded(model):
-    """A copy with the banks as the artifact gives them back."""
-    copy, weights = deepcopy(model), model.state_dict()
-    stored = T.quantize({name: weights[name] for name in model.BANKS}, T.TINY)
-    T.copy_weights(copy.banks(), list(T.dequantize(stored).values()))
-    return copy
+@pytest.mark.parametrize("threshold, rounded_steps", [(0, 0), (0.3, 2), (1, 7)])
+def test_qat_rounds_from_its_threshold_on_in_the_steps_of_the_export(folder, threshold, rounded_steps):
+    trainer, used = trainer_of(folder, LATE_QAT_THRESHOLD=threshold), []
+    trainer.model.register_forward_pre_hook(lambda model, args: used.append([m.detach().clone() for m in args[2]]))
+    seen, matrices = [], trainer.model.matrices
 
+    def noted(steps=None):
+        if torch.is_grad_enabled() and not trainer.done:
+            seen.append(steps)
+        return matrices(steps)
+
+    trainer.done, trainer.model.matrices = False, noted
+    choose = trainer.choose
+
+    def end(candidates):
+        trainer.done = True
+        choose(candidates)
+
+    trainer.choose = end
+    trainer.run(validate, LIMIT)
+    training = [steps for steps in seen if steps is not None]
+    assert len(training) == rounded_steps and all(steps is trainer.steps for steps in training)
+    assert trainer.knob == 1 and trainer.steps.keys() == trainer.model.quantized().keys()
+
+
+def test_every_step_under_qat_uses_rounded_matrices_and_moves_the_unrounded_weights(folder):
+    trainer = trainer_of(folder, MATRIX_LR=1e-4, WARMUP_STEPS=0)
+    trainer.fix_steps(trainer.calibrate()[1], LIMIT)
+    trainer.steps = {name: 8 * step for name, step in trainer.steps.items()}
+    used = []
+    trainer.model.register_forward_pre_hook(lambda model, args: used.append([m.detach().clone() for m in args[2]]))
+    before = trainer.model.up_bank.detach().clone()
+    trainer.step(next(trainer.batches()), 1.0, 0.9)
+    up = used[0][2]
+    assert torch.equal(up, (before / trainer.steps["up_bank"]).round() * trainer.steps["up_bank"]) and not torch.equal(up, before)
+    moved = trainer.model.up_bank - before
+    assert 0 < moved.abs().max() < 0.01  # from where they were, not from where they were rounded to
+
+
+def test_micro_batches_change_nothing(folder):
+    """One span at a time, two sequences at a time, or a step at once: the same loss and weights."""
+    runs = []
+    for tokens in (0, 32, 256):
+        trainer = trainer_of(folder, MICRO_BATCH_TOKENS=tokens, ITERATIONS=3)
+        trainer.run(validate, LIMIT)
+        runs.append(trainer)
+    for other in runs[1:]:
+        torch.testing.assert_close(torch.stack(other.measured), torch.stack(runs[0].measured), rtol=1e-4, atol=1e-5)
+
+
+# Optimizers
 
 def backward(model, *args):
     model.zero_grad()
@@ -183,72 +227,6 @@ def backward(model, *args):
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
-
-@pytest.fixture
-def qat(monkeypatch):
-    """A model whose banks are rounded though they are tiny, a batch, and the scales."""
-    monkeypatch.setattr(T, "SMALL", 0)
-    model = random_model(settings())
-    return model, random_batch(), T.bank_scales(model, T.TINY)
-
-
-def test_qat_trains_the_model_that_the_artifact_will_hold(qat):
-    model, batch, scales = qat
-    with torch.no_grad():
-        assert torch.equal(model(*batch, scales), rounded(model)(*batch))
-        assert (model(*batch, scales).mean() - model(*batch).mean()).abs() > 1e-4
-
-
-def test_qat_gradient_passes_straight_through_to_every_bank_entry(qat):
-    model, batch, scales = qat
-    loss, grads = backward(model, *batch, scales)
-    other = rounded(model)
-    expected_loss, expected = backward(other, *batch)
-    assert loss == expected_loss
-    assert same(grads, expected)
-    for bank in model.banks():
-        assert (bank.grad != 0).all()
-
-
-def test_large_banks_are_rounded_to_int6_and_small_ones_to_fp16():
-    model = random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))
-    scales = T.bank_scales(model, T.TINY)
-    assert [scale is not None for scale in scales] == [False, False, True, True]  # 192 * 192 and 192 * 384 elements
-    with torch.no_grad():
-        assert torch.equal(model(*random_batch(), scales), rounded(model)(*random_batch()))
-
-
-def test_compiled_graphs_with_and_without_qat_are_the_eager_ones(qat):
-    """Both are there at once, whichever came first, and the scales are no constants of the graph."""
-    model, batch, scales = qat
-    compiled = deepcopy(model)
-    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    coarse = [2 * scale for scale in scales]
-    losses = []
-    for args in ((), (scales,), (), (coarse,), (scales,)):
-        (loss, grads), (expected_loss, expected) = (backward(m, *batch, *args) for m in (compiled, model))
-        assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
-        torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
-        losses.append(loss.item())
-    assert abs(losses[0] - losses[1]) > 1e-4 and abs(losses[1] - losses[3]) > 1e-4
-
-
-@pytest.mark.parametrize("threshold, rounded_steps", [(0, 0), (0.3, 2), (1, 7)])
-def test_qat_begins_below_its_threshold_with_the_floor_that_will_fit(folder, monkeypatch, threshold, rounded_steps):
-    monkeypatch.setattr(T, "SMALL", 0)
-    monkeypatch.setattr(T, "fit_scale_floor", lambda weights, limit: 0.25)
-    trainer, least = trainer_of(folder, LATE_QAT_THRESHOLD=threshold), []
-
-    def note(model, args):
-        if torch.is_grad_enabled():  # it trains
-            least.append(args[2] and min(scale.min().item() for scale in args[2]))
-
-    trainer.model.register_forward_pre_hook(note)
-    trainer.run(validate, LIMIT)
-    assert least == [None] * 8 * (8 - rounded_steps) + [0.25] * 8 * rounded_steps  # eight spans a step
-
-
-# Optimizers
 
 def test_muon_does_not_depend_on_the_scale_of_the_gradient():
     generator = torch.Generator().manual_seed(0)

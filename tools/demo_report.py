@@ -14,7 +14,7 @@ STAGES = {
     "training": ("trained", lambda change: True, "bits per byte of unseen text by the weights of the last step", ""),
     "averaged": ("averaged", lambda change: change < 0.00005, "of raw weights, EMA and SWA the lowest loss on held-out training text",
                  "chosen by held-out training text, which differs from validation text"),
-    "roundtrip": ("int6 artifact", lambda change: change < 0.02, "what rounding the weights costs",
+    "roundtrip": ("artifact", lambda change: change < 0.02, "what rounding the weights costs",
                   "rounding costs more than it should: late QAT had too few steps"),
     "sliding": ("sliding windows", lambda change: change < 0, "every token sees more of what stands before it",
                 "the model makes no use of longer context yet: it saw too few tokens"),

@@ -1,11 +1,13 @@
-"""Write the generated parts of README.md: the table of settings, and the table of the demo from logs/demo.txt.
+"""Write the generated parts of README.md: the table of settings, that of the demo from logs/demo.txt, and that of speed
+from what tools/bench.py left in logs/*.jsonl.
 
-    python tools/readme.py           # after a change of a setting, or after `make demo`
+    python tools/readme.py           # after a change of a setting, after `make demo` or tools/gpu_checks.sh
     python tools/readme.py --check   # change nothing; fail if README.md is not up to date
 
-A part stands between the lines `<!-- generated: settings -->` or `<!-- generated: demo -->` and `<!-- end -->`.
+A part stands between the lines `<!-- generated: settings -->`, or demo or speed, and `<!-- end -->`.
 """
 import argparse
+import json
 import os
 import re
 import sys
@@ -16,7 +18,8 @@ from runlog import RunLog, read_log  # noqa: E402
 from train_gpt import FIELDS, GROUPS, RunError, allowed, show, write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-AVERAGES = dict(raw="raw: the last step's", ema="EMA", swa="SWA", ema_swa="mean of EMA and SWA")
+NOT_MEASURED = "not measured"
+AVERAGES = dict(raw="raw: the last step's", ema="EMA", swa="SWA")
 
 
 def table(header: list[str], rows: list[list[str]], right: int = 0) -> str:
@@ -50,7 +53,7 @@ def demo_part(log: RunLog) -> str:
     """The scores of a run stage by stage. Changes are differences of the rounded scores, so that the columns agree."""
     s, training = log.settings, log.stages["training"]
     titles = dict(training="end of training", averaged=f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
-                  roundtrip="int6 roundtrip", sliding=f"sliding windows, stride {s['EVAL_STRIDE']}",
+                  roundtrip="artifact, read back", sliding=f"sliding windows, stride {s['EVAL_STRIDE']}",
                   ttt="score-first TTT")
     rows, before = [], None
     for name, stage in log.stages.items():
@@ -68,6 +71,48 @@ def demo_part(log: RunLog) -> str:
         "of them code.",
         "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the averages;",
         "peak memory is the first process's since its start."])
+
+
+def bench_results(folder: Path) -> list[dict]:
+    """The figures in folder/*.jsonl. Raises RunError."""
+    results = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            try:
+                found = json.loads(line)
+                results += [found] if speed_row(found) or found["bench"] else []
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise RunError(f"{path}, line {number}: no figures of tools/bench.py; measure again") from None
+    return results
+
+
+def speed_row(found: dict) -> tuple[str, str] | None:
+    """Machine and attention kernel, if the figures are for the table: of training, scoring or TTT at the record's size."""
+    where = {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "RUN_ID", "WARMUP_STEPS", "MICRO_BATCH_TOKENS"}
+    if found["settings"].keys() - where or found["bench"] not in ("train", "score", "ttt"):
+        return None
+    count = "one" if found["processes"] == 1 else f"{found['processes']} x"
+    return f"{count} {found['machine'].removeprefix('NVIDIA ')}", found["attention"]
+
+
+def speed_part(results: list[dict]) -> str:
+    """A row for each machine and attention kernel, of the fastest results; one H200 is there in any case."""
+    fastest = {}
+    for found in sorted(results, key=lambda found: found.get("tokens_per_second", 0)):
+        if row := speed_row(found):
+            fastest.setdefault(row, {})[found["bench"]] = found
+    if not any(machine == "one H200" for machine, _ in fastest):
+        fastest["one H200", NOT_MEASURED] = {}
+    rows = []
+    for (machine, attention), found in sorted(fastest.items()):
+        train, score, ttt = (found.get(name) for name in ("train", "score", "ttt"))
+        step = train and 1000 * 786_432 * train["processes"] / train["tokens_per_second"]
+        cells = (train and f"{step:,.1f}", train and f"{train['tokens_per_second']:,.0f}",
+                 train and f"{train['share_of_peak']:.1%}", score and f"{score['tokens_per_second']:,.0f}",
+                 ttt and f"{ttt['seconds_per_million_tokens']:.2f}", train and f"{train['peak_memory_mib']:,}")
+        rows.append([machine, attention, *(cell or NOT_MEASURED for cell in cells)])
+    return table(["machine", "attention kernel", "ms per 786,432-token step per GPU", "tokens/s", "share of peak",
+                  "scoring tokens/s", "TTT seconds per million tokens", "peak memory (MiB)"], rows, right=6)
 
 
 def replace_part(text: str, name: str, body: str, path: Path) -> str:
@@ -88,11 +133,14 @@ def main(argv: list[str] | None = None) -> None:
                         help="file to write (%(default)s)")
     parser.add_argument("--log", type=Path, default=Path(os.path.relpath(ROOT / "logs/demo.txt")),
                         help="log of the demo (%(default)s)")
+    parser.add_argument("--bench", type=Path, default=Path(os.path.relpath(ROOT / "logs")),
+                        help="folder of the figures of tools/bench.py (%(default)s)")
     args = parser.parse_args(argv)
     try:
         old = new = args.readme.read_text("utf-8")
         stale = []
-        for name, body in (("settings", settings_part()), ("demo", demo_part(read_log(args.log)))):
+        for name, body in (("settings", settings_part()), ("demo", demo_part(read_log(args.log))),
+                           ("speed", speed_part(bench_results(args.bench)))):
             before, new = new, replace_part(new, name, body, args.readme)
             stale += [name] if new != before else []
         if args.check and stale:

@@ -1,0 +1,236 @@
+"""The steps, GPTQ and late QAT: what is rounded how finely, and that the loss rises as little as promised."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as T
+from helpers import made_up_tokens, random_batch, random_model, settings
+
+SETTINGS = dict(TRAIN_SEQ_LEN=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(settings(**SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.as_tensor(made_up_tokens(40 * 16 + 5)).int()
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, tokens):
+    return T.calibrate(model, tokens, 16)
+
+
+# The record's steps
+
+def bank_with_outliers():
+    """(6, 5, 3000): rows of all sizes, matrices with ever fewer and larger outliers."""
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(6, 5, 3000, generator=generator) * torch.logspace(-3, 1, 5)[:, None]
+    rare = torch.tensor([1, 20, 50, 100, 200, 400])[:, None, None]
+    return bank * (1 + 4 * torch.rand(bank.shape, generator=generator) ** rare)
+
+
+def test_int6_takes_the_clip_quantile_of_least_error_for_each_matrix():
+    chosen = set()
+    for matrix in bank_with_outliers():
+        errors, options = [], []
+        for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1):
+            clip = torch.quantile(matrix.abs(), quantile, dim=-1, keepdim=True)
+            options.append((clip / 31).half().float())
+            q = (matrix / options[-1]).round().clamp(-31, 31)
+            errors.append(((q * options[-1] - matrix) ** 2).mean().item())
+        best = errors.index(min(errors))
+        chosen.add(best)
+        assert torch.equal(T.clip_steps(matrix, T.CLIP_QUANTILES, 31), options[best])
+    assert len(chosen) > 1
+
+
+def test_the_first_of_equal_clip_quantiles_wins():
+    matrix = torch.tensor([[0, 31, 31 * (1 + 2 ** -10)]])  # either clip moves one entry by 31 / 1024
+    for quantiles, step in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2 ** -10)):
+        assert T.clip_steps(matrix, quantiles, 31).item() == step
+
+
+def test_rtn_is_the_records_quantizer(model):
+    s = settings(QUANTIZER="rtn")
+    steps = T.scaled(s, T.base_steps(s, model, {}), 1.0)
+    stored = T.quantize(s, model.state_dict(), steps)
+    for name, w in model.quantized().items():
+        limit = 31 if name in model.BANKS else 127
+        matrices, quantiles = w.view(-1, *w.shape[-2:]), T.CLIP_QUANTILES if limit == 31 else [0.9999984]
+        expected = torch.stack([T.clip_steps(m, quantiles, limit) for m in matrices]).view(*w.shape[:-1], 1)
+        assert torch.equal(steps[name], expected) and torch.equal(stored[name + ".scale"], expected.half())
+        assert stored[name].abs().max() == limit and stored[name].dtype == torch.int16
+        assert ((stored[name] * steps[name] - w).abs() <= 0.501 * steps[name])[stored[name].abs() < limit].all()
+
+
+# Calibration
+
+def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibrated):
+    """Found again from the gradients of single outputs: d y_o / d w_oj = x_j."""
+    moments, _ = calibrated
+    x = tokens[:640].view(40, 16).long()
+    seen = {}
+    linear = F.linear
+    owners = {}
+    matrices = model.matrices()
+    for name, m in zip(("qkv", "o", "up_bank", "down_bank"), matrices):
+        owners |= {m[i].data_ptr(): (name, i) for i in range(len(m))}
+
+    def watched(x, w, *args):
+        if w.data_ptr() in owners:
+            seen[owners[w.data_ptr()]] = x.detach().reshape(-1, x.size(-1)).double()
+        return linear(x, w, *args)
+
+    F.linear = watched
+    try:
+        model.logits(x, matrices)
+    finally:
+        F.linear = linear
+    L = len(model.blocks)
+    for i in range(L):
+        parts = dict(qo_bank=[("qkv", i), ("o", L + i)], kv_bank=[("qkv", i), ("qkv", L + i)], up_bank=[("up_bank", i)],
+                     down_bank=[("down_bank", i)])
+        for bank, places in parts.items():
+            for source, at in places:
+                inputs = seen[source, i]
+                torch.testing.assert_close(moments[bank][at].double(), inputs.T @ inputs / 640, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_information(model, tokens, calibrated):
+    """KL divergence from the model's own predictions, rows moved at random."""
+    _, fisher = calibrated
+    x, weights = tokens[:640].view(40, 16).long(), model.quantized()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = model.logits(x).log_softmax(-1)
+        for name in ("qo_bank", "up_bank", "down_bank", "tok_emb"):
+            w, old, ratios = weights[name], weights[name].clone(), []
+            for _ in range(6):
+                error = 0.003 * torch.randn(w.shape, generator=generator)
+                w.add_(error)
+                rise = (before.exp() * (before - model.logits(x).log_softmax(-1))).sum(-1).mean()
+                ratios.append((rise / (fisher[name] * error ** 2 / 2).sum()).item())
+                w.copy_(old)
+            assert 0.5 < sum(ratios) / len(ratios) < 2, (name, ratios)
+
+
+# Steps
+
+def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibrated):
+    s, (_, fisher) = settings(), calibrated
+    record, steps = T.base_steps(settings(QUANTIZER="rtn"), model, fisher), T.base_steps(s, model, fisher)
+    octaves = [sum(found[name].log2().mean().item() * getattr(model, name).numel() for name in model.BANKS)
+               for found in (record, steps)]
+    assert octaves[0] == pytest.approx(octaves[1], rel=1e-5)
+    for name, step in steps.items():
+        worth = step ** 2 * fisher[name]
+        inside = (fisher[name] / fisher[name].mean((-2, -1), keepdim=True)).log2().abs() < 6
+        if name == "qo_bank":
+            level = worth[inside].median()
+        torch.testing.assert_close(worth[inside], level.expand_as(worth[inside]), rtol=1e-3, atol=0)
+        assert (step.amax((-2, -1)) <= 65 * step.amin((-2, -1))).all()
+
+
+def test_a_knob_moves_all_steps_by_eighths_of_octaves(model, calibrated):
+    s = settings()
+    base = T.base_steps(s, model, calibrated[1])
+    for knob in (0.3, 1.0, 3.3):
+        for name, step in T.scaled(s, base, knob).items():
+            assert torch.equal(step, step.half().float())
+            eighths = 8 * step.log2()
+            assert (eighths - eighths.round()).abs().max() < 0.02 and ((step / base[name] / knob).log2().abs() < 0.07).all()
+
+
+def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
+    model = T.GPT(settings())  # every bank is zero
+    fisher = {name: torch.zeros_like(w[..., :1]) for name, w in model.quantized().items()}
+    for quantizer in ("gptq", "rtn"):
+        s = settings(QUANTIZER=quantizer)
+        steps = T.scaled(s, T.base_steps(s, model, fisher), 1.0)
+        moments = {name: torch.zeros(*bank.shape[:1], bank.size(-1), bank.size(-1)) for name, bank in zip(model.BANKS, model.banks())}
+        weights = T.dequantize(T.quantize(s, model.state_dict(), steps, moments))
+        assert all(w.isfinite().all() for w in weights.values())
+        assert not any(weights[name].any() for name in model.BANKS)
+
+
+# GPTQ
+
+def plain_gptq(w, step, moment):
+    """One column after the other, the inverse of what is left computed anew each time."""
+    w, q, left = w.double().clone(), torch.empty_like(w), moment.diagonal().argsort(descending=True).tolist()
+    moment = moment.double() + 0.05 * moment.double().trace() / len(moment) * torch.eye(len(moment))
+    while left:
+        inverse = torch.linalg.inv(moment[left][:, left])
+        j, rest = left[0], left[1:]
+        q[:, j] = (w[:, j] / step).round()
+        error = (w[:, j] - q[:, j] * step) / inverse[0, 0]
+        w[:, rest] -= error[:, None] * inverse[0, 1:]
+        left = rest
+    return q
+
+
+def correlated_inputs(columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return x.T @ x / len(x)
+
+
+def test_gptq_is_the_plain_algorithm():
+    bank = torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(1))  # more columns than a block has
+    moments = torch.stack([correlated_inputs(200, seed) for seed in range(2)])
+    step = torch.full((2, 6, 1), 0.3)
+    q = T.gptq(bank, step, moments)
+    expected = torch.stack([plain_gptq(w, 0.3, m) for w, m in zip(bank, moments)])
+    assert (q != expected).float().mean() < 0.01  # fp32 against fp64
+
+
+def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_not():
+    bank, moments = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(1)), correlated_inputs(96)[None]
+    step = torch.full((1, 64, 1), 0.5)
+    error = lambda q: torch.einsum("nri,nij,nrj->", *[q * step - bank, moments, q * step - bank]).item()
+    nearest = (bank / step).round()
+    assert error(T.gptq(bank, step, moments)) < 0.5 * error(nearest)
+    assert torch.equal(T.gptq(bank, step, torch.diag_embed(torch.rand(1, 96) + 0.5)), nearest)
+
+
+# Late QAT
+
+def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_straight_through(model, calibrated):
+    s = settings()
+    steps = T.scaled(s, T.base_steps(s, model, calibrated[1]), 2.0)
+    batch, weights = random_batch(), model.state_dict()
+    other = random_model(s)
+    other.load_state_dict(weights | {name: w for name, w in T.dequantize(T.quantize(s, weights, steps)).items()
+                                     if name in model.BANKS})
+    grads = []
+    for m, matrices in ((model, model.matrices(steps)), (other, other.matrices())):
+        m.zero_grad()
+        loss = m(*batch, matrices).mean()
+        loss.backward()
+        grads.append([loss.item(), *(p.grad for p in m.parameters())])
+    assert grads[0][0] == grads[1][0] and abs(grads[0][0] - model(*batch).mean().item()) > 1e-4
+    for a, b in zip(grads[0][1:], grads[1][1:]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    assert all((bank.grad != 0).all() for bank in model.banks())
+    model.zero_grad()
+
+
+# Size
+
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens, quantizer):
+    s, model = settings(QUANTIZER=quantizer, MATRIX_STEP=0.5), random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))
+    base, weights = T.base_steps(s, model, T.calibrate(model, tokens, 16)[1]), model.state_dict()
+    size = lambda knob: T.estimate_bytes(T.quantize(s, weights, T.scaled(s, base, knob)))
+    assert T.fit_knob(s, model, size, size(0.5), 0.5) == 0.5 == T.fit_knob(s, model, size, 10**9, 7.0)
+    for part in (0.95, 0.8):
+        limit = part * size(0.5)
+        for start in (0.5, 9.0):
+            knob = T.fit_knob(s, model, size, limit, start)
+            assert limit - 20_000 < size(knob) <= limit and knob > 0.5
+    assert T.fit_knob(s, model, size, 1, 0.5) > 1000  # nothing would do
