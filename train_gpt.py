@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 	high: float = sys.float_info.max
 
 
-SETTINGS = dict(  # the environment variable is the name in capitals
+SETTINGS = dict(  # environment variables, in capitals
 	data_path=("./data/datasets/fineweb10B_sp1024", "folder of the shards"),
 	tokenizer_path=("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"),
 	vocab_size=(1024, "tokens of the tokenizer", 2, 65536),
@@ -68,7 +68,6 @@ SETTINGS = dict(  # the environment variable is the name in capitals
 	val_batch_size=(524288, "tokens scored at once by 8 processes", 8),
 	holdout_tokens=(524288, "last training tokens, to choose by", 1),
 	artifact_path=("", "empty: logs/RUN_ID.bin"),
-	checkpoint_path=("", "file of the unrounded weights; empty: none"),
 	artifact_limit=(16_000_000, "bytes of code and artifact", 1),
 	eval_only=(False, "only score ARTIFACT_PATH"),
 
@@ -114,7 +113,7 @@ SETTINGS = dict(  # the environment variable is the name in capitals
 	late_qat=(True, "round weights at the end"),
 	late_qat_threshold=(0.15, "learning rate / peak that starts it"),
 	quantizer=("gptq", "or rtn: the record's, to the nearest"),
-	matrix_step=(1.0, "finest mean step in the record's", 0.001, 1000),
+	matrix_step=(1.0, "least mean step; 1: the record's", 0.25, 1000),
 
 	eval_seq_len=(2048, "scoring window in tokens", 2),
 	eval_stride=(64, "tokens a sliding window scores", 1),
@@ -139,7 +138,7 @@ FIELDS = {name.upper(): Setting(*row) for name, row in SETTINGS.items()}
 Settings = make_dataclass("Settings", [(name, type(row[0]), row[0]) for name, row in SETTINGS.items()])
 GROUPS = dict(DATA_PATH="data", RUN_ID="run", NUM_LAYERS="model", MATRIX_LR="optimizer", EMA_ENABLED="averaging, QAT",
 		EVAL_SEQ_LEN="evaluation", TTT_ENABLED="test-time training")
-PREFIXES = {name.split("_")[0] + "_" for name in FIELDS} - {  # these begin other programs' variables as well
+PREFIXES = {name.split("_")[0] + "_" for name in FIELDS} - {  # other programs' too
 	"ARTIFACT_", "DATA_", "HEAD_", "MAX_", "MODEL_", "NUM_", "RUN_", "SEED_"}
 PARSERS = {
 	int: ("an integer", int), float: ("a number", float), str: ("text", str),
@@ -162,7 +161,7 @@ ARTIFACT_PATH or not EVAL_ONLY
 
 
 def show(value):
-	"""A setting's value as one writes it in the environment."""
+	"""As one writes it in the environment."""
 	if isinstance(value, str):
 		return value
 	return ",".join(map(str, value)) if isinstance(value, tuple) else str(value + 0).removesuffix(".0")
@@ -185,7 +184,7 @@ def parse_value(name, text):
 
 
 def parse_settings(environ, defaults={}):
-	"""Settings from a mapping such as os.environ, else from `defaults`. Raises RunError."""
+	"""From a mapping such as os.environ, else `defaults`. Raises RunError."""
 	for name in environ:
 		own = name.startswith(tuple(PREFIXES)) or "_" in name and any(field.startswith(name) for field in FIELDS)
 		nearest = difflib.get_close_matches(name, FIELDS, 1, 0 if own else 0.91)
@@ -195,7 +194,7 @@ def parse_settings(environ, defaults={}):
 	s = Settings(**values)
 	if s.eval_only and s.artifact_path and not defaults:
 		return s  # the artifact's are still to come
-	if "ve_layers" not in values:  # a shallower model may lack the default's layers
+	if "ve_layers" not in values:  # the default's, of a shallower model
 		s.ve_layers = tuple(i for i in s.ve_layers if i < s.num_layers)
 	values = {name.upper(): value for name, value in vars(s).items()}
 	for rule in RULES:
@@ -235,7 +234,7 @@ def start_processes():
 		torch.cuda.set_device(local)
 	if world > 1:
 		dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-	return torch.device("cuda", local) if cuda else torch.device("cpu")
+	return torch.device(f"cuda:{local}" if cuda else "cpu")
 
 
 def all_reduce(tensor):
@@ -271,7 +270,7 @@ def together(action):
 		errors = [error] * world_size()
 		if world_size() > 1:
 			dist.all_gather_object(errors, error)
-		raise RunError(next(e for e in errors if e))
+		raise RunError(next(filter(None, errors)))
 	return result
 
 
@@ -358,7 +357,7 @@ def load_tokenizer(path, vocab_size):
 
 
 class ByteTables(NamedTuple):
-	"""(V,) each: bytes without leading space; has it one; is it a boundary (control, unknown, unused)."""
+	"""(V,) each: bytes without leading space; has it one; control, unknown or unused."""
 	base_bytes: Tensor
 	has_leading_space: Tensor
 	is_boundary: Tensor
@@ -378,7 +377,7 @@ def byte_tables(tokenizer):
 	return ByteTables(*map(torch.tensor, zip(*rows)))
 
 
-# ---- Data: memory-mapped shards, read ahead on a thread ----
+# ---- Data ----
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
@@ -456,14 +455,15 @@ def torch_attention(q, k, v):
 
 
 def choose_attention(device):
-	"""(name, function): FlashAttention 3 on Hopper, if it can be imported, else PyTorch's."""
+	"""(name, function): FlashAttention 3, if it compiles and runs here, else PyTorch's."""
 	try:
-		if device.type == "cuda" and torch.cuda.get_device_capability()[0] == 9:
-			from flash_attn_interface import flash_attn_func
-			return "FlashAttention 3", lambda q, k, v: flash_attn_func(q, k, v, causal=True)
-	except (ImportError, OSError):
-		pass
-	return "PyTorch", torch_attention
+		from flash_attn_interface import flash_attn_func
+		attention = lambda q, k, v: flash_attn_func(q, k, v, causal=True)
+		x = torch.zeros(1, 128, 8, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+		torch.compile(attention, fullgraph=True)(x, x, x).sum().backward()
+		return "FlashAttention 3", attention
+	except (ImportError, OSError, RuntimeError, AttributeError):  # it may return a tuple
+		return "PyTorch", torch_attention
 
 
 def norm(x):
@@ -565,8 +565,9 @@ class GPT(nn.Module):
 		"""The banks, rounded to `steps` if given, cast, as forward() takes them: q, k, v (L, D + 2*K*d, D), o, up, down."""
 		L, banks = len(self.blocks), self.banks()
 		if steps:  # the gradient passes straight through
-			rounded = [(bank / steps[name]).round().mul(steps[name]).detach() for name, bank in zip(self.BANKS, banks)]
-			banks = [r + (bank - bank.detach()) for r, bank in zip(rounded, banks)]
+			limit = 31 if self.s.quantizer == "rtn" else MOST
+			rounded = [round_to(bank, steps[name], limit) * steps[name] for name, bank in zip(self.BANKS, banks)]
+			banks = [r.detach() + (bank - bank.detach()) for r, bank in zip(rounded, banks)]
 		qo, kv, up, down = (bank.to(self.dtype) for bank in banks)
 		return [torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down]
 
@@ -616,7 +617,7 @@ class GPT(nn.Module):
 			grad.zero_()
 
 
-# ---- Optimizers: Muon for the banks, AdamW for the rest ----
+# ---- Optimizers ----
 
 def newton_schulz(G, steps):
 	"""Push the singular values of each G (..., rows, columns) towards 1, in bf16, by the quintic iteration of
@@ -768,9 +769,9 @@ class InputMoments(TorchFunctionMode):
 
 
 def calibrate(model, tokens, seq_len):
-	"""Two dicts by name, from tokens (N + 1,), shared out over the ranks: the mean x x^T of a bank's inputs, (n, columns,
-	columns); each row's Fisher information, (..., rows, 1): the mean squared gradient of a token's loss for a label drawn
-	by the model. The loss rises by half of it times a weight's squared error."""
+	"""From tokens (N + 1,), shared out over the ranks, two dicts: the mean x x^T of the inputs of qkv, o, up and down, (L,
+	columns, columns); by name each row's Fisher information, (..., rows, 1): the mean squared gradient of a token's loss
+	for a label drawn by the model. The loss rises by half of it times a weight's squared error."""
 	count = (len(tokens) - 1) // seq_len * seq_len
 	groups = tokens[:count].view(-1, seq_len).long().split(max(1, 2048 // seq_len))
 	weights, matrices = model.quantized(), model.matrices()
@@ -779,15 +780,15 @@ def calibrate(model, tokens, seq_len):
 		with moments:
 			logits = model.logits(groups[i], matrices).flatten(0, 1)
 		random = torch.empty_like(logits).exponential_(generator=torch.Generator(tokens.device).manual_seed(i))
-		F.cross_entropy(logits, (logits.detach().exp() / random).argmax(dim=-1), reduction="sum").backward()
+		F.cross_entropy(logits, (logits.detach() - random.log()).argmax(dim=-1), reduction="sum").backward()
 		for name, w in weights.items():
 			fisher[name] += w.grad.square().mean(dim=-1, keepdim=True)
 		model.zero_grad()
 	sums = [*moments.sums, *fisher.values()]
 	all_reduce_list(sums)
 	torch._foreach_div_(sums, count)
-	qkv, o, up, down = moments.sums
-	return dict(qo_bank=torch.cat((qkv, o)), kv_bank=torch.cat((qkv, qkv)), up_bank=up, down_bank=down), fisher
+	sums[-1].sum().item()  # wait: this is timed
+	return dict(zip(("qkv", "o", "up", "down"), moments.sums)), fisher
 
 
 @torch.no_grad()
@@ -806,7 +807,8 @@ def base_steps(s, model, fisher):
 		mean = f.mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
 		steps[name] = f.clamp(mean / 64, mean * 64).rsqrt()
 	ratio = ((fineness - octaves(steps)) / sum(bank.numel() for bank in model.banks())).exp2()
-	return {name: step * ratio for name, step in steps.items()}
+	return {name: (step * ratio).maximum(getattr(model, name).abs().amax(-1, keepdim=True) / 900)
+			for name, step in steps.items()}
 
 
 def scaled(s, base, knob):
@@ -817,14 +819,18 @@ def scaled(s, base, knob):
 	return {name: step.clamp(TINY, 65504).half().float() for name, step in steps.items()}
 
 
-def gptq(bank, step, moments):
-	"""Integers of bank (n, rows, columns) in steps (n, rows, 1), given its inputs' x x^T (n, columns, columns): large inputs
-	first, the columns to come make good each one's rounding (Frantar et al. 2022, https://arxiv.org/abs/2210.17323)."""
+def factor(moments):
+	"""(columns by falling input, (n, columns); upper Cholesky factors of the inverses in that order, damped, in place)."""
 	order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-	upper = torch.empty_like(moments)
-	for i, (m, o) in enumerate(zip(moments, order)):  # the inverse's Cholesky factor
+	for m, o in zip(moments, order):
 		damped = m[o][:, o] + torch.eye(len(m), device=m.device) * (0.05 * m.trace() / len(m)).clamp_min(1e-9)
-		upper[i] = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+		m.copy_(torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True))
+	return order, moments
+
+
+def gptq(bank, step, order, upper):
+	"""Integers of bank (n, rows, columns) in steps (n, rows, 1), given factor() of its inputs: the columns to come make good
+	each one's rounding (Frantar et al. 2022, https://arxiv.org/abs/2210.17323)."""
 	order = order[:, None].expand_as(bank)
 	w, q, step = bank.gather(2, order), torch.empty_like(bank), step[..., 0]
 	for low in range(0, bank.size(-1), 128):
@@ -839,18 +845,20 @@ def gptq(bank, step, moments):
 
 
 @torch.no_grad()
-def quantize(s, weights, steps, moments={}):
-	"""NAME -> int16 and NAME.scale -> fp16 for what has steps (without moments: to the nearest), else NAME -> fp16."""
+def quantize(s, weights, steps, factors={}):
+	"""NAME -> int16 and NAME.scale -> fp16 for what has steps (without factors: to the nearest), else NAME -> fp16."""
+	inputs = dict(qo_bank=("qkv", "o"), kv_bank=("qkv", "qkv"), up_bank=("up",), down_bank=("down",)) if factors else {}
 	stored = {name: w.half() for name, w in weights.items() if name not in steps}
 	for name, step in steps.items():
 		limit = MOST if s.quantizer == "gptq" else 31 if name in GPT.BANKS else 127
-		q = gptq(weights[name], step, moments[name]) if limit == MOST and name in moments else weights[name] / step
+		own = [torch.cat(parts) for parts in zip(*(factors[x] for x in inputs.get(name, ())))]
+		q = gptq(weights[name], step, *own) if own else weights[name] / step
 		stored[name], stored[name + ".scale"] = q.round_().clamp_(-limit, limit).short(), step.half()
 	return stored
 
 
 def dequantize(stored):
-	return {name: t.float() * stored.get(name + ".scale", torch.tensor(1.0)).float()
+	return {name: t.float() * stored.get(name + ".scale", 1)
 			for name, t in stored.items() if not name.endswith(".scale")}
 
 
@@ -888,7 +896,7 @@ def fit_knob(s, model, size, limit, knob):
 	weights = sum(w.numel() for w in model.quantized().values())
 	for _ in range(16):
 		excess = size(knob) - limit
-		if -20000 < excess <= 0 or excess <= 0 and knob <= s.matrix_step:
+		if excess <= 0 and (excess > -20000 or knob <= s.matrix_step) or knob > 1000 * s.matrix_step:
 			break
 		knob = max(s.matrix_step, knob * 2 ** (8 * (excess + 8000) / weights))
 	return knob
@@ -944,11 +952,7 @@ def rans_decode(frequency, contexts, data):
 
 MAGIC = b"GPT16MB2"
 NAMES = list(SETTINGS)
-LOCAL_SETTINGS = {"data_path", "tokenizer_path", "run_id", "artifact_path", "checkpoint_path", "artifact_limit", "eval_only"}
-
-
-def stored_settings(s):
-	return {name: show(getattr(s, name)) for name in NAMES if name not in LOCAL_SETTINGS}
+LOCAL_SETTINGS = {"data_path", "tokenizer_path", "run_id", "artifact_path", "artifact_limit", "eval_only"}
 
 
 def pack_artifact(s, fingerprint, stored):
@@ -963,7 +967,8 @@ def pack_artifact(s, fingerprint, stored):
 	frequency = frequencies(counts)
 	contexts = np.concatenate([np.repeat(row, q.size(-1)) for row, q in zip(rows.values(), matrices.values())])
 	code = rans_encode(frequency, contexts, np.concatenate([(q + MOST).numpy().ravel() for q in matrices.values()]))
-	header = json.dumps(dict(tokenizer=fingerprint, settings=stored_settings(s), columns=columns)).encode()
+	settings = {name: show(getattr(s, name)) for name in NAMES if name not in LOCAL_SETTINGS}
+	header = json.dumps(dict(tokenizer=fingerprint, settings=settings, columns=columns)).encode()
 	file = io.BytesIO()
 	np.savez(file, header=np.frombuffer(header, np.uint8), frequency=frequency.astype(np.uint16), **rows, **halves)
 	side = lzma.compress(file.getvalue(), preset=9)
@@ -997,8 +1002,8 @@ def unpack_artifact(data, path):
 # ---- Scoring ----
 
 def plan_windows(targets, window, stride):
-	"""Windows that score each target (token i + 1) once, (n, 3): start of the inputs, begin and end of the targets. The
-	first scores all, each later one its last `stride`, one more what is left."""
+	"""Windows that score each target (token i + 1) once, (n, 3): start of inputs, begin and end of targets. The first
+	scores all, each later one its last `stride`, one more what is left."""
 	window = min(window, targets)
 	end = F.pad(torch.arange(window, targets, stride), (0, 1), value=targets)
 	return torch.stack((end - window, F.pad(end[:-1], (1, 0)), end), dim=1)
@@ -1027,17 +1032,18 @@ class Scorer:
 	def score(self, plan, progress=lambda done: None):
 		"""The Score of a plan, shared out over the ranks. Batches have one shape: windows that score nothing fill up."""
 		low, high = share(len(plan))
-		plan = F.pad(plan[low:high], (0, 0, 0, (low - high) % self.batch)).to(self.tokens.device)
+		batch = self.batch if self.tokens.is_cuda else max(1, min(self.batch, high - low))
+		plan = F.pad(plan[low:high], (0, 0, 0, (low - high) % batch)).to(self.tokens.device)
 		sums, matrices = torch.zeros(3, dtype=torch.float64, device=plan.device), self.model.matrices()
-		for i in range(0, len(plan), self.batch):
-			start, begin, end = plan[i:i + self.batch, :, None].unbind(1)
+		for i in range(0, len(plan), batch):
+			start, begin, end = plan[i:i + batch, :, None].unbind(1)
 			at = start + torch.arange(self.window, device=plan.device)
 			x, y = self.tokens[at].long(), self.tokens[at + 1].long()
 			scored = (begin <= at) & (at < end)
 			nll = self.model(x, y, matrices).double()
 			size = self.tables.count(x, y) if self.tables else nll
 			sums += torch.stack([(per_token * scored).sum() for per_token in (nll, scored, size)])
-			progress((i + self.batch) / len(plan))
+			progress((i + batch) / len(plan))
 		return Score(*all_reduce(sums).tolist())
 
 	def score_all(self, stride, stage="scoring"):
@@ -1120,7 +1126,7 @@ class Trainer:
 	def step(self, spans, multiplier, momentum):
 		"""On spans (8 / W, span + 1): (this rank's part of the mean loss, gradient norm), on the device. The banks are
 		rounded and cast once for all micro-batches."""
-		s, spans = self.s, spans.to(self.device).long()
+		s, spans = self.s, spans.to(self.device, non_blocking=True).long()
 		rows = max(1, (s.micro_batch_tokens or s.train_batch_tokens // 8) // s.train_seq_len)
 		x, y = (t.reshape(-1, s.train_seq_len).split(rows) for t in (spans[:, :-1], spans[:, 1:]))
 		matrices, loss = self.model.matrices(self.steps), torch.zeros((), device=self.device)
@@ -1179,7 +1185,7 @@ class Trainer:
 			if last:
 				break
 			multiplier = lr_multiplier(step, s, elapsed_ms, budget_ms)
-			if s.late_qat and multiplier < s.late_qat_threshold and not self.steps:
+			if s.late_qat and step and multiplier < s.late_qat_threshold and not self.steps:
 				self.fix_steps(self.calibrate()[1], artifact_limit)
 				log(f"late QAT from step {step}, {self.knob:.3f} times the record's steps")
 			measured = self.step(together(lambda: next(spans)), multiplier, muon_momentum(step, s))
@@ -1189,7 +1195,7 @@ class Trainer:
 			now = [1000 * (time.perf_counter() - start) * (rank() == 0), loss, norm / world_size()]
 			elapsed_ms, loss, norm = all_reduce(torch.tensor(now, dtype=torch.float64)).tolist()
 			if not math.isfinite(loss + norm):
-				raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try lower learning rates")
+				raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rates")
 			progress(max(step / s.iterations, elapsed_ms / budget_ms))
 		self.choose(averages.candidates())
 		moments, fisher = self.calibrate()
@@ -1209,7 +1215,7 @@ class Trainer:
 			log(f"weight_average:{name} holdout_loss:{loss:.6f}")
 		best = min(losses, key=losses.get)
 		if losses[best] == math.inf:
-			raise RunError("no held-out loss is finite; try lower learning rates")
+			raise RunError("no held-out loss is finite; lower the learning rates")
 		copy_weights(self.weights, candidates[best])
 		log(f"weight_average chosen:{best}")
 
@@ -1218,15 +1224,16 @@ class Trainer:
 
 def peak_memory():
 	resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-	return f"{(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 2**20:.0f} MiB"
+	return f"{(torch.cuda.max_memory_allocated() or resident) / 2**20:.0f} MiB"
 
 
 def export(s, fingerprint, trainer, moments, limit):
 	"""The artifact, by another knob than training's if that misses the limit."""
 	start, made, weights = time.perf_counter(), {}, trainer.model.state_dict()
+	factors = {name: factor(m) for name, m in moments.items()} if s.quantizer == "gptq" else {}
 
 	def size(knob):
-		made[0] = pack_artifact(s, fingerprint, quantize(s, weights, scaled(s, trainer.base, knob), moments))
+		made[0] = pack_artifact(s, fingerprint, quantize(s, weights, scaled(s, trainer.base, knob), factors))
 		return len(made[0])
 
 	knob = fit_knob(s, trainer.model, size, limit, trainer.knob)
@@ -1254,13 +1261,6 @@ def run(s):
 	limit = s.artifact_limit - len(source.encode())
 	together(lambda: open_outputs(Path(f"logs/{s.run_id}.txt"), None if s.eval_only else path, source))
 
-	def write_outputs():
-		if s.checkpoint_path:  # for torch.load(weights_only=True)
-			file, weights = io.BytesIO(), trainer.model.state_dict()
-			torch.save(dict(settings=stored_settings(s), tokenizer=fingerprint, weights=weights), file)
-			write_atomically(Path(s.checkpoint_path), file.getvalue())
-		write_atomically(path, export(s, fingerprint, trainer, moments, limit))
-
 	def read_artifact():
 		data = from_rank0(together(lambda: path.read_bytes() if rank() == 0 else None))
 		return len(data), *unpack_artifact(data, path)
@@ -1286,7 +1286,7 @@ def run(s):
 			f"{sum(map(len, trainer.shards))} for training, {len(trainer.holdout.tokens)} held out")
 		moments = trainer.run(lambda: scorer.score_all(s.eval_seq_len), limit)
 		evaluate(dict(averaged=lambda: scorer.score_all(s.eval_seq_len)))
-		together(lambda: write_outputs() if rank() == 0 else None)
+		together(lambda: write_atomically(path, export(s, fingerprint, trainer, moments, limit)) if rank() == 0 else None)
 		size, made_with, _, stored = read_artifact()
 	log(f"Total submission size int+rans: {size + len(source.encode())} bytes")
 	if made_with != fingerprint:

@@ -20,12 +20,16 @@ from helpers import made_up_tokens, random_batch, random_model, settings
 LARGE = dict(MODEL_DIM=288, NUM_LAYERS=2, VE_LAYERS="0", VOCAB_SIZE=512)
 
 
+def factors_of(s, moments):
+    return {name: T.factor(m.clone()) for name, m in moments.items()} if s.quantizer == "gptq" else {}
+
+
 def quantized(model, quantizer="gptq", knob=1.0):
     """What the exporter would store of a model, and the steps, the moments and the Fisher information behind that."""
     s = settings(QUANTIZER=quantizer)
     moments, fisher = T.calibrate(model, torch.as_tensor(made_up_tokens(641)).int(), 16)
     base = T.base_steps(s, model, fisher)
-    return T.quantize(s, model.state_dict(), T.scaled(s, base, knob), moments), base, moments
+    return T.quantize(s, model.state_dict(), T.scaled(s, base, knob), factors_of(s, moments)), base, moments
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +161,8 @@ def test_the_export_lands_just_under_a_limit_that_binds(mlp_mult, bits):
 def test_the_export_is_no_finer_than_matrix_step(large, knob):
     _, base, moments = quantized(large)
     s = settings()
-    data = T.export(s, "", SimpleNamespace(model=large, base=base, knob=knob), moments, 10**8)
-    assert data == T.pack_artifact(s, "", T.quantize(s, large.state_dict(), T.scaled(s, base, 1.0), moments))
+    data = T.export(s, "", SimpleNamespace(model=large, base=base, knob=knob), {name: m.clone() for name, m in moments.items()}, 10**8)
+    assert data == T.pack_artifact(s, "", T.quantize(s, large.state_dict(), T.scaled(s, base, 1.0), factors_of(s, moments)))
 
 
 def test_an_export_that_cannot_fit_ends():
@@ -170,12 +174,13 @@ def test_an_export_that_cannot_fit_ends():
 # Bad artifacts
 
 def test_every_truncation_is_refused(artifact):
-    lengths = [*range(60), *range(60, len(artifact), 17), len(artifact) - 1]
+    lengths = [*range(60), *range(60, len(artifact))]
     assert all(refused(artifact[:length]) for length in lengths)
     assert refused(artifact + b"\0")
 
 
 def test_every_altered_byte_is_refused(artifact):
+    assert len(artifact) > 2000
     for i in range(len(artifact)):
         altered = bytearray(artifact)
         altered[i] ^= 1 << i % 8

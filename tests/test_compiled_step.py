@@ -8,6 +8,7 @@ import torch
 import torch._inductor.async_compile
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
@@ -121,6 +122,25 @@ def test_a_step_casts_each_bank_once_and_multiplies_in_bf16_only(trainer):
     assert rounded.large_casts == plain.large_casts  # QAT casts what it rounded instead
     for watch in (plain, rounded):
         assert set(watch.products) == {(BF16, BF16)} and watch.products.total() > 8 * 3 * (4 * 2 + 3)
+
+
+class Moves(TorchFunctionMode):
+    """Fails where tokens would be copied to a device and waited for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_device = any(isinstance(arg, torch.device) for arg in (*args, *kwargs.values()))
+        if function is torch.Tensor.to and to_device and not args[0].is_floating_point():
+            assert kwargs.get("non_blocking"), "a copy that waits"
+        return function(*args, **kwargs)
+
+
+def test_a_step_copies_its_batch_without_waiting(trainer):
+    spans = next(trainer.batches())
+    with Moves():
+        trainer.step(spans, 1.0, 0.95)
+        with pytest.raises(AssertionError, match="a copy that waits"):
+            spans.to(CPU)
 
 
 @pytest.mark.parametrize("qat", [False, True])

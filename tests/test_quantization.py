@@ -71,14 +71,14 @@ def test_rtn_is_the_records_quantizer(model):
 # Calibration
 
 def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibrated):
-    """Found again from the gradients of single outputs: d y_o / d w_oj = x_j."""
+    """As a plain F.linear in its place sees them."""
     moments, _ = calibrated
     x = tokens[:640].view(40, 16).long()
     seen = {}
     linear = F.linear
     owners = {}
     matrices = model.matrices()
-    for name, m in zip(("qkv", "o", "up_bank", "down_bank"), matrices):
+    for name, m in zip(moments, matrices):
         owners |= {m[i].data_ptr(): (name, i) for i in range(len(m))}
 
     def watched(x, w, *args):
@@ -93,12 +93,9 @@ def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibra
         F.linear = linear
     L = len(model.blocks)
     for i in range(L):
-        parts = dict(qo_bank=[("qkv", i), ("o", L + i)], kv_bank=[("qkv", i), ("qkv", L + i)], up_bank=[("up_bank", i)],
-                     down_bank=[("down_bank", i)])
-        for bank, places in parts.items():
-            for source, at in places:
-                inputs = seen[source, i]
-                torch.testing.assert_close(moments[bank][at].double(), inputs.T @ inputs / 640, rtol=1e-4, atol=1e-5)
+        for name, moment in moments.items():
+            inputs = seen[name, i]
+            torch.testing.assert_close(moment[i].double(), inputs.T @ inputs / 640, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_information(model, tokens, calibrated):
@@ -152,10 +149,19 @@ def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
     for quantizer in ("gptq", "rtn"):
         s = settings(QUANTIZER=quantizer)
         steps = T.scaled(s, T.base_steps(s, model, fisher), 1.0)
-        moments = {name: torch.zeros(*bank.shape[:1], bank.size(-1), bank.size(-1)) for name, bank in zip(model.BANKS, model.banks())}
-        weights = T.dequantize(T.quantize(s, model.state_dict(), steps, moments))
+        factors = {name: T.factor(torch.zeros(len(m), m.size(-1), m.size(-1)))
+                   for name, m in zip(("qkv", "o", "up", "down"), model.matrices())}
+        weights = T.dequantize(T.quantize(s, model.state_dict(), steps, factors if quantizer == "gptq" else {}))
         assert all(w.isfinite().all() for w in weights.values())
         assert not any(weights[name].any() for name in model.BANKS)
+
+
+def test_no_row_is_so_fine_that_its_integers_run_out(model, calibrated):
+    """Where the loss feels one matrix alone, as in the first step, when the others multiply zeros."""
+    fisher = {name: f * (1e-12 if name != "up_bank" else 1) for name, f in calibrated[1].items()}
+    steps = T.scaled(settings(), T.base_steps(settings(), model, fisher), 0.25)
+    for name, w in model.quantized().items():
+        assert (w / steps[name]).abs().max() <= T.MOST
 
 
 # GPTQ
@@ -184,7 +190,7 @@ def test_gptq_is_the_plain_algorithm():
     bank = torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(1))  # more columns than a block has
     moments = torch.stack([correlated_inputs(200, seed) for seed in range(2)])
     step = torch.full((2, 6, 1), 0.3)
-    q = T.gptq(bank, step, moments)
+    q = T.gptq(bank, step, *T.factor(moments.clone()))
     expected = torch.stack([plain_gptq(w, 0.3, m) for w, m in zip(bank, moments)])
     assert (q != expected).float().mean() < 0.01  # fp32 against fp64
 
@@ -194,8 +200,8 @@ def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_no
     step = torch.full((1, 64, 1), 0.5)
     error = lambda q: torch.einsum("nri,nij,nrj->", *[q * step - bank, moments, q * step - bank]).item()
     nearest = (bank / step).round()
-    assert error(T.gptq(bank, step, moments)) < 0.5 * error(nearest)
-    assert torch.equal(T.gptq(bank, step, torch.diag_embed(torch.rand(1, 96) + 0.5)), nearest)
+    assert error(T.gptq(bank, step, *T.factor(moments.clone()))) < 0.5 * error(nearest)
+    assert torch.equal(T.gptq(bank, step, *T.factor(torch.diag_embed(torch.rand(1, 96) + 0.5))), nearest)
 
 
 # Late QAT
@@ -233,4 +239,4 @@ def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens, quantizer
         for start in (0.5, 9.0):
             knob = T.fit_knob(s, model, size, limit, start)
             assert limit - 20_000 < size(knob) <= limit and knob > 0.5
-    assert T.fit_knob(s, model, size, 1, 0.5) > 1000  # nothing would do
+    assert T.fit_knob(s, model, size, 1, 0.5) > 500  # nothing would do

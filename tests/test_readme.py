@@ -26,21 +26,33 @@ old text
 <!-- generated: speed -->
 <!-- end -->
 
+<!-- generated: quantizers -->
+<!-- end -->
+
 After.
 """
 
 
+QUANTIZERS = dict(tokens=131072, loss=3.65, points=[  # as tools/quant_report.py writes them, but for what is not read
+    dict(method="rtn+lzma", bytes=1_700_000, gap=0.0013, gap_error=0.0002, kl=0.0012, saved_at_kl=0.26),
+    dict(method="gptq+ans", bytes=1_698_000, gap=-0.00004, gap_error=0.0001, kl=0.00006),
+    dict(method="rtn+lzma", bytes=1_200_000, gap=0.0083, gap_error=0.0003, kl=0.008, saved_at_kl=None),
+    dict(method="gptq+ans", bytes=1_199_000, gap=0.0006, gap_error=0.0002, kl=0.0005),
+    dict(method="gptq+ans", bytes=800_000, gap=0.01, gap_error=0.0002, kl=0.009)])
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with README.md and demo.txt."""
+    """The current folder, with README.md, demo.txt and quantizers.json."""
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(TEMPLATE, "utf-8")
     Path("demo.txt").write_text(make_log(), "utf-8")
+    Path("quantizers.json").write_text(json.dumps(QUANTIZERS))
     return tmp_path
 
 
 def run(*arguments: str) -> str:
-    readme.main(["--readme", "README.md", "--log", "demo.txt", "--bench", ".", *arguments])
+    readme.main(["--readme", "README.md", "--log", "demo.txt", "--bench", ".", "--quantizers", "quantizers.json", *arguments])
     return Path("README.md").read_text("utf-8")
 
 
@@ -138,6 +150,19 @@ def test_the_speed_part_has_the_fastest_figures_of_each_machine_and_kernel():
         ["one H200", "flash", "714.9", "1,100,000", "43.2%", *NONE[:2], "54,321"]]
 
 
+def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(folder):
+    text = readme.quantizers_part(Path("quantizers.json"))
+    assert cells(text)[1:] == [
+        ["`rtn+lzma`", "1,700,000", "+0.00130 ± 0.00020", "0.00120", "1.000"],
+        ["`gptq+ans`", "1,698,000", "-0.00004 ± 0.00010", "0.00006", "0.050"],
+        ["`rtn+lzma`", "1,200,000", "+0.00830 ± 0.00030", "0.00800", "1.000"],
+        ["`gptq+ans`", "1,199,000", "+0.00060 ± 0.00020", "0.00050", "0.062"]]
+    assert "`gptq+ans` takes 26.0% fewer bytes" in text and "131,072 tokens" in text and "3.6500" in text
+    for broken in ("{", "[]", "{}", '{"points": [1]}'):
+        Path("quantizers.json").write_text(broken)
+        assert fails().startswith("error: quantizers.json: no figures of tools/quant_report.py")
+
+
 def test_figures_are_read_from_the_folder(folder):
     Path("a.jsonl").write_text(json.dumps(result("ttt")) + "\n" + json.dumps(result("score")) + "\n")
     Path("b.jsonl").write_text(json.dumps(result("train")) + "\n")
@@ -156,12 +181,12 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     assert part(text, "demo").strip() == readme.demo_part(parse_log(make_log(), "sketch"))
     assert run() == run("--check") == text
     assert capsys.readouterr().out.splitlines() == [
-        "README.md: wrote settings and demo and speed", "README.md: up to date", "README.md: up to date"]
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "demo.txt"]
+        "README.md: wrote settings and demo and speed and quantizers", "README.md: up to date", "README.md: up to date"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "demo.txt", "quantizers.json"]
 
 
 def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
-    assert fails("--check") == "error: README.md: not up to date (settings and demo and speed); run `python tools/readme.py`"
+    assert fails("--check") == "error: README.md: not up to date (settings and demo and speed and quantizers); run `python tools/readme.py`"
     run()
     Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
     assert "not up to date (demo)" in fails("--check")
@@ -170,7 +195,7 @@ def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
 @pytest.mark.parametrize("old, new, told", [
     ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
     ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
-    ("<!-- end -->\n\nAfter.", "After.", "closes the part `speed`"),
+    ("<!-- end -->\n\nAfter.", "After.", "closes the part `quantizers`"),
     ("<!-- generated: settings -->\n<!-- end -->\n", "<!-- generated: settings -->\n", "closes the part `settings`"),
 ])
 def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
@@ -191,7 +216,7 @@ def test_a_demo_that_did_not_finish_is_refused(folder):
                     reason="README.md or logs/demo.txt is not there yet")
 def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs():
     readme.main(["--check", "--readme", str(ROOT / "README.md"), "--log", str(ROOT / "logs/demo.txt"),
-                 "--bench", str(ROOT / "logs")])
+                 "--bench", str(ROOT / "logs"), "--quantizers", str(ROOT / "logs/quantizers.json")])
     demo = part((ROOT / "README.md").read_text("utf-8"), "demo")
     scores = [row[1] for row in cells(demo)[1:]]
     logged = re.findall(r"val_bpb:(\d+\.\d+)", (ROOT / "logs/demo.txt").read_text("utf-8"))

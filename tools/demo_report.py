@@ -29,7 +29,7 @@ def report(log) -> list[str]:
     for name, stage in log.stages.items():
         title, good, text, otherwise = STAGES[name]
         change = 0.0 if before is None else stage.val_bpb - before
-        gain = "" if before is None else f"{change:+.4f}"
+        gain = "" if before is None else f"{round(change, 4) + 0.0:+.4f}"
         lines.append(f"{title:18} {stage.val_bpb:.4f} {gain:>8} {stage.seconds:6.1f} s   {text if good(change) else otherwise}")
         before = stage.val_bpb
     return lines

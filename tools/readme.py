@@ -1,10 +1,11 @@
-"""Write the generated parts of README.md: the table of settings, that of the demo from logs/demo.txt, and that of speed
-from what tools/bench.py left in logs/*.jsonl.
+"""Write the generated parts of README.md: the table of settings, that of the demo from logs/demo.txt, that of speed from what
+tools/bench.py left in logs/*.jsonl, and that of quantizers from logs/quantizers.json by tools/quant_report.py.
 
     python tools/readme.py           # after a change of a setting, after `make demo` or tools/gpu_checks.sh
     python tools/readme.py --check   # change nothing; fail if README.md is not up to date
 
-A part stands between the lines `<!-- generated: settings -->`, or demo or speed, and `<!-- end -->`.
+A part stands between the lines `<!-- generated: settings -->`, or demo, speed or quantizers, and
+`<!-- end -->`.
 """
 import argparse
 import json
@@ -115,6 +116,29 @@ def speed_part(results: list[dict]) -> str:
                   "scoring tokens/s", "TTT seconds per million tokens", "peak memory (MiB)"], rows, right=6)
 
 
+def quantizers_part(path: Path) -> str:
+    """Loss against bytes, from the figures of tools/quant_report.py. Raises RunError, OSError."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        rows, best, group = [], [], []
+        for point in found["points"]:
+            if point["method"] == "rtn+lzma":
+                record = group = point
+                best += [point]
+            elif group["bytes"] < point["bytes"] or point["bytes"] < 0.99 * group["bytes"]:
+                continue  # beyond the last size of the record's
+            rows.append([f"`{point['method']}`", f"{point['bytes']:,}", f"{point['gap']:+.5f} ± {point['gap_error']:.5f}",
+                         f"{point['kl']:.5f}", f"{point['kl'] / record['kl']:.3f}"])
+        saved = [f"{point['saved_at_kl']:.1%}" for point in best if point["saved_at_kl"] is not None]
+        return "\n".join([
+            table(["stored as", "bytes", "loss above the unrounded weights' (nats per token)", "KL from them (nats per token)",
+                   "of `rtn+lzma`'s"], rows, right=4), "",
+            f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is {found['loss']:.4f}. Where it "
+            f"loses as much (by KL), `gptq+ans` takes {' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`."])
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path}: no figures of tools/quant_report.py ({e}); measure again") from None
+
+
 def replace_part(text: str, name: str, body: str, path: Path) -> str:
     """Raises RunError unless the part's opening line is there once and an end follows it before another part opens."""
     opening = re.split(rf"^(<!-- generated: {name} -->\n)", text, flags=re.MULTILINE)
@@ -135,12 +159,15 @@ def main(argv: list[str] | None = None) -> None:
                         help="log of the demo (%(default)s)")
     parser.add_argument("--bench", type=Path, default=Path(os.path.relpath(ROOT / "logs")),
                         help="folder of the figures of tools/bench.py (%(default)s)")
+    parser.add_argument("--quantizers", type=Path, default=Path(os.path.relpath(ROOT / "logs/quantizers.json")),
+                        help="figures of tools/quant_report.py (%(default)s)")
     args = parser.parse_args(argv)
     try:
         old = new = args.readme.read_text("utf-8")
         stale = []
         for name, body in (("settings", settings_part()), ("demo", demo_part(read_log(args.log))),
-                           ("speed", speed_part(bench_results(args.bench)))):
+                           ("speed", speed_part(bench_results(args.bench))),
+                           ("quantizers", quantizers_part(args.quantizers))):
             before, new = new, replace_part(new, name, body, args.readme)
             stale += [name] if new != before else []
         if args.check and stale:
