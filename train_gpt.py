@@ -161,7 +161,7 @@ ARTIFACT_PATH or not EVAL_ONLY
 
 
 def show(value):
-	"""As one writes it in the environment."""
+	"""As in the environment."""
 	if isinstance(value, str):
 		return value
 	return ",".join(map(str, value)) if isinstance(value, tuple) else str(value + 0).removesuffix(".0")
@@ -851,7 +851,7 @@ def quantize(s, weights, steps, factors={}):
 	stored = {name: w.half() for name, w in weights.items() if name not in steps}
 	for name, step in steps.items():
 		limit = MOST if s.quantizer == "gptq" else 31 if name in GPT.BANKS else 127
-		own = [torch.cat(parts) for parts in zip(*(factors[x] for x in inputs.get(name, ())))]
+		own = [torch.cat(parts) if parts[1:] else parts[0] for parts in zip(*(factors[x] for x in inputs.get(name, ())))]
 		q = gptq(weights[name], step, *own) if own else weights[name] / step
 		stored[name], stored[name + ".scale"] = q.round_().clamp_(-limit, limit).short(), step.half()
 	return stored
@@ -877,7 +877,7 @@ def count_integers(stored):
 	counts = torch.zeros(32, 2 * MOST + 1, dtype=torch.int64)
 	for t in stored.values():
 		if t.dtype == torch.int16:
-			for q in t.flatten(0, -2).split(8192):
+			for q in t.flatten(0, -2).split(1024):
 				at = row_contexts(q).int()[:, None] * counts.size(1) + MOST + q
 				counts += torch.bincount(at.flatten(), minlength=counts.numel()).view_as(counts).cpu()
 	return counts
