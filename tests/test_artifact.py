@@ -15,13 +15,10 @@ import pytest
 import torch
 
 import train_gpt as T
+from bench import factors_of
 from helpers import made_up_tokens, random_batch, random_model, settings
 
 LARGE = dict(MODEL_DIM=288, NUM_LAYERS=2, VE_LAYERS="0", VOCAB_SIZE=512)
-
-
-def factors_of(s, moments):
-    return {name: T.factor(m.clone()) for name, m in moments.items()} if s.quantizer == "gptq" else {}
 
 
 def quantized(model, quantizer="gptq", knob=1.0):

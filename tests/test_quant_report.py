@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from contextlib import chdir
-from unittest.mock import patch
 
 import pytest
 import quant_report as Q
@@ -13,6 +12,7 @@ import torch
 
 import train_gpt as T
 from helpers import byte_tables, made_up_tokens, random_model, settings
+from keep_weights import kept_at
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -136,14 +136,7 @@ def test_bytes_are_read_off_between_two_points_or_not_at_all(values, value, expe
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tiny.make_data(folder)
-    export = T.export
-
-    def keep_checkpoint(s, fingerprint, trainer, *rest):
-        kept = {name: T.show(getattr(s, name)) for name in T.NAMES if name not in T.LOCAL_SETTINGS}
-        torch.save(dict(settings=kept, tokenizer=fingerprint, weights=trainer.model.state_dict()), folder / "made.pt")
-        return export(s, fingerprint, trainer, *rest)
-
-    with patch.object(T, "export", keep_checkpoint):
+    with kept_at(folder / "made.pt"):
         result = tiny.run(folder, LATE_QAT=0, TTT_ENABLED=0)
     assert result.status == 0, result.err
     return folder

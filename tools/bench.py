@@ -71,8 +71,7 @@ class Bench(NamedTuple):
         return self.prepare(T.GPT(self.s, self.attention, self.dtype).initialize().to(self.device).compile_on_cuda())
 
     def scorer(self, model: torch.nn.Module, tokens: torch.Tensor) -> T.Scorer:
-        no_bytes = T.ByteTables(*[torch.zeros(self.s.vocab_size, dtype=torch.bool, device=self.device)] * 3)
-        return T.Scorer(model, tokens, no_bytes, self.s.eval_seq_len, self.s.val_batch_size // 8)
+        return T.Scorer(model, tokens, None, self.s.eval_seq_len, self.s.val_batch_size // 8)
 
 
 # -------

@@ -6,6 +6,8 @@ The settings are train_gpt.py's. FILE is for torch.load(weights_only=True): sett
 """
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as T  # noqa: E402
 
 
-def main() -> int:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).parent.is_dir():
-        sys.exit("error: give one file, in a folder that is there, for the weights")
-    path, export = Path(sys.argv.pop()), T.export
+@contextmanager
+def kept_at(path: Path) -> Iterator[None]:
+    """While active, train_gpt.py leaves its weights at path before it exports them."""
+    export = T.export
 
     def keep_and_export(s, fingerprint: str, trainer: T.Trainer, *rest) -> bytes:
         file, settings = io.BytesIO(), {name: T.show(getattr(s, name)) for name in T.NAMES if name not in T.LOCAL_SETTINGS}
@@ -27,9 +29,16 @@ def main() -> int:
 
     T.export = keep_and_export
     try:
-        return T.main()
+        yield
     finally:
         T.export = export
+
+
+def main() -> int:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).parent.is_dir():
+        sys.exit("error: give one file, in a folder that is there, for the weights")
+    with kept_at(Path(sys.argv.pop())):
+        return T.main()
 
 
 if __name__ == "__main__":
