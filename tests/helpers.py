@@ -1,4 +1,5 @@
 """Tiny models, made-up data, and the worker that every process of test_world_size.py runs."""
+import math
 import os
 from pathlib import Path
 
@@ -65,6 +66,24 @@ def scorer_of(model, s, tokens, cls=T.Scorer):
     return cls(model, torch.as_tensor(tokens).int(), byte_tables(), s.eval_seq_len, s.val_batch_size // 8)
 
 
+class PerTarget(T.Scorer):
+    """A Scorer that keeps the nll of each target, each of which it may meet once."""
+
+    def measure(self, nll, at, begin, end):
+        if not hasattr(self, "nll"):
+            self.nll = torch.full((self.targets,), math.nan, dtype=torch.float64)
+        scored = (begin <= at) & (at < end)
+        assert self.nll[at[scored]].isnan().all()  # none is scored twice
+        self.nll[at[scored]] = nll[scored].double()
+        return super().measure(nll, at, begin, end)
+
+
+def changed(tokens, i):
+    tokens = torch.as_tensor(tokens).clone()
+    tokens[i] = (tokens[i] + 11) % 64
+    return tokens
+
+
 def trainer_of(folder, **extra):
     """A Trainer on the shards in folder; `measured` collects what each step returns."""
     trainer = T.Trainer(settings(DATA_PATH=folder, **extra), torch.device("cpu"), T.torch_attention, torch.float32)
@@ -84,6 +103,8 @@ def snapshot(weights):
 
 TTT_RUNS = dict(muon=dict(TTT_MUON=1), sgd=dict(TTT_MUON=0), frozen=dict(TTT_MUON=1, TTT_FREEZE_BLOCKS=1),
                 sgd_frozen=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=3))
+STREAM_RUNS = dict(stream_muon=dict(TTT_MUON=1, TTT_DECAY=0.01), stream_sgd=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1))
+CHANGED = 150  # a token of the stream
 TTT_ADAPT = dict(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=3.45, TTT_ENTROPY_LOW=3, TTT_EPOCHS=2, TTT_LR=0.01)
 
 
@@ -102,12 +123,21 @@ def worker(rank, world, folder, port):
     tokens = made_up_tokens(5 * 48 + 21, seed=9)  # five chunks of three sequences and a short last one
     for stride in (32, 5):
         found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_all(stride)
-    for name, extra in TTT_RUNS.items():
-        s = settings(EVAL_STRIDE=24, **TTT_ADAPT, **extra)
+    found["streamed"] = scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)).stream_all()
+    for name, extra in (TTT_RUNS | STREAM_RUNS).items():
+        s = settings(EVAL_STRIDE=24, EVAL_MODE="streaming" if name in STREAM_RUNS else "sliding", **TTT_ADAPT, **extra)
         with T.undone(trainer.weights):
             scorer, learner = scorer_of(trainer.model, s, tokens), T.Learner(trainer.model, s)
             _, records = T.score_first_ttt(scorer, learner, s)
             found[name] = dict(records=records, after=scorer.score_all(7), weights=snapshot(trainer.weights))
+
+    found["changed"] = []
+    for stream in (torch.as_tensor(tokens), changed(tokens, CHANGED)):
+        s = settings(EVAL_MODE="streaming", **TTT_ADAPT)
+        with T.undone(trainer.weights):
+            scorer = scorer_of(trainer.model, s, stream, PerTarget)
+            T.score_first_ttt(scorer, T.Learner(trainer.model, s), s)
+            found["changed"].append(scorer.nll)
 
     def fail_on_the_last():
         if rank == world - 1:

@@ -302,3 +302,19 @@ def test_checks_without_their_data_give_one_line(checks, arguments, environment,
     result = checks(*arguments, **environment)
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(f"error: {told}")
     assert result.stderr.count("\n") == 1
+
+
+def test_streaming_is_measured_too(capsys, monkeypatch):
+    monkeypatch.setenv("EVAL_MODE", "streaming")
+    weights = 3 * 7168 + 64 * 32 + 32 * 16 + 16 * 8
+    forward = 2 * weights + 2 * 3 * 32 * 32
+    score = run_json(capsys, "score", "--steps", "2")
+    check_common(score, "score")
+    check_speed(score)
+    assert score["tokens_per_step"] == 4 * 9 * 32  # four lanes of nine windows
+    assert score["flop_per_token"] == forward  # each position is computed once
+    ttt = run_json(capsys, "ttt", "--steps", "2")
+    check_common(ttt, "ttt")
+    check_speed(ttt)
+    assert ttt["tokens_per_step"] == 48 and ttt["flop_per_token"] == 3 * 3 * forward
+    assert min(ttt["seconds_per_chunk"].values()) > 0

@@ -8,7 +8,8 @@ import pytest
 import readme
 from runlog import parse_log
 from test_submission import PRINTED, make_log
-from train_gpt import FIELDS, GROUPS, allowed, help_text
+from readme import GROUPS
+from train_gpt import FIELDS, allowed, help_text
 
 ROOT = Path(readme.__file__).resolve().parents[1]
 TEMPLATE = """# Title
@@ -30,8 +31,15 @@ old text
 <!-- generated: quantizers -->
 <!-- end -->
 
+<!-- generated: scoring -->
+<!-- end -->
+
 After.
 """
+
+SCORING = dict(machine="2 x CPU (x86_64)", torch="2.13.0", rows=[
+    dict(mode="sliding", settings="EVAL_STRIDE=64 EVAL_SEQ_LEN=512", seconds=[100.0, 90.0, 120.0], tokens=200000, val_bpb=2.1),
+    dict(mode="streaming", settings="EVAL_WINDOW=512", seconds=[12.5, 10.0, 12.0], tokens=200000, val_bpb=2.10021)])
 
 
 QUANTIZERS = dict(tokens=131072, loss=3.65, points=[  # as tools/quant_report.py writes them, but for what is not read
@@ -44,16 +52,18 @@ QUANTIZERS = dict(tokens=131072, loss=3.65, points=[  # as tools/quant_report.py
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with README.md, demo.txt and quantizers.json."""
+    """The current folder, with README.md, demo.txt, quantizers.json and bench_eval.json."""
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(TEMPLATE, "utf-8")
     Path("demo.txt").write_text(make_log(), "utf-8")
     Path("quantizers.json").write_text(json.dumps(QUANTIZERS))
+    Path("bench_eval.json").write_text(json.dumps(SCORING))
     return tmp_path
 
 
 def run(*arguments: str) -> str:
-    readme.main(["--readme", "README.md", "--log", "demo.txt", "--bench", ".", "--quantizers", "quantizers.json", *arguments])
+    readme.main(["--readme", "README.md", "--log", "demo.txt", "--bench", ".", "--quantizers", "quantizers.json",
+                 "--scoring", "bench_eval.json", *arguments])
     return Path("README.md").read_text("utf-8")
 
 
@@ -164,6 +174,24 @@ def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(fold
         assert fails().startswith("error: quantizers.json: no figures of tools/quant_report.py")
 
 
+def test_the_scoring_part_compares_with_the_first_row(folder):
+    text = readme.scoring_part(Path("bench_eval.json"))
+    assert cells(text)[1:] == [
+        ["sliding", "`EVAL_STRIDE=64` `EVAL_SEQ_LEN=512`", "2.10000", "+0.00000", "100.0", "2,000", "1.00"],
+        ["streaming", "`EVAL_WINDOW=512`", "2.10021", "+0.00021", "12.0", "16,667", "8.33"]]
+    assert "On 200,000 tokens, 2 x CPU (x86_64), torch 2.13.0; seconds: median of 3, taking turns." in text
+    for broken in ("{", "[]", "{}", '{"rows": []}'):
+        Path("bench_eval.json").write_text(broken)
+        assert fails().startswith("error: bench_eval.json: no figures of tools/bench_eval.py")
+
+
+def test_the_demo_part_knows_streaming():
+    printed = PRINTED.replace("final_int6_sliding_window", "final_int6_streaming")
+    log = parse_log(make_log(printed, EVAL_MODE="streaming"), "sketch")
+    assert list(log.stages) == ["training", "averaged", "roundtrip", "streaming", "ttt"]
+    assert cells(readme.demo_part(log))[-2][:3] == ["streaming, each position once", "3.0788", "-0.0097"]
+
+
 def test_figures_are_read_from_the_folder(folder):
     Path("a.jsonl").write_text(json.dumps(result("ttt")) + "\n" + json.dumps(result("score")) + "\n")
     Path("b.jsonl").write_text(json.dumps(result("train")) + "\n")
@@ -182,12 +210,12 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     assert part(text, "demo").strip() == readme.demo_part(parse_log(make_log(), "sketch"))
     assert run() == run("--check") == text
     assert capsys.readouterr().out.splitlines() == [
-        "README.md: wrote settings and demo and speed and quantizers", "README.md: up to date", "README.md: up to date"]
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "demo.txt", "quantizers.json"]
+        "README.md: wrote settings and demo and speed and quantizers and scoring", "README.md: up to date", "README.md: up to date"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "bench_eval.json", "demo.txt", "quantizers.json"]
 
 
 def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
-    assert fails("--check") == "error: README.md: not up to date (settings and demo and speed and quantizers); run `python tools/readme.py`"
+    assert fails("--check") == "error: README.md: not up to date (settings and demo and speed and quantizers and scoring); run `python tools/readme.py`"
     run()
     Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
     assert "not up to date (demo)" in fails("--check")
@@ -196,7 +224,7 @@ def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
 @pytest.mark.parametrize("old, new, told", [
     ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
     ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
-    ("<!-- end -->\n\nAfter.", "After.", "closes the part `quantizers`"),
+    ("<!-- end -->\n\nAfter.", "After.", "closes the part `scoring`"),
     ("<!-- generated: settings -->\n<!-- end -->\n", "<!-- generated: settings -->\n", "closes the part `settings`"),
 ])
 def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
@@ -219,7 +247,8 @@ def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs(tmp_pa
     text = committed.stdout if committed.returncode == 0 else (ROOT / "logs/demo.txt").read_text("utf-8")
     (tmp_path / "demo.txt").write_text(text, "utf-8")
     readme.main(["--check", "--readme", str(ROOT / "README.md"), "--log", str(tmp_path / "demo.txt"),
-                 "--bench", str(ROOT / "logs"), "--quantizers", str(ROOT / "logs/quantizers.json")])
+                 "--bench", str(ROOT / "logs"), "--quantizers", str(ROOT / "logs/quantizers.json"),
+                 "--scoring", str(ROOT / "logs/bench_eval.json")])
     demo = part((ROOT / "README.md").read_text("utf-8"), "demo")
     scores = [row[1] for row in cells(demo)[1:]]
     logged = re.findall(r"val_bpb:(\d+\.\d+)", text)

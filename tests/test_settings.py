@@ -43,7 +43,7 @@ def test_the_defaults_are_the_records():
 
 def test_every_setting_is_read_from_the_environment():
     changed = dict(
-        DATA_PATH="d", TOKENIZER_PATH="t", RUN_ID="r", ARTIFACT_PATH="a", QUANTIZER="rtn", VE_LAYERS=(0, 2), MLP_MULT=2.5,
+        DATA_PATH="d", TOKENIZER_PATH="t", RUN_ID="r", ARTIFACT_PATH="a", QUANTIZER="rtn", RECIPE="best", EVAL_MODE="streaming", TTT_CHUNK_TOKENS=64, VE_LAYERS=(0, 2), MLP_MULT=2.5,
         MODEL_DIM=96, NUM_HEADS=6, NUM_KV_HEADS=3, ROPE_DIMS=8, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=1024, ROPE_BASE=1e6)
     for name, value in values({}).items():
         opposite = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2}

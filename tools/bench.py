@@ -68,10 +68,10 @@ class Bench(NamedTuple):
         return model
 
     def model(self) -> torch.nn.Module:
-        return self.prepare(T.GPT(self.s, self.attention, self.dtype).initialize().to(self.device).compile_on_cuda())
+        return self.prepare(T.GPT(self.s, self.attention, self.dtype).initialize().on(self.device))
 
-    def scorer(self, model: torch.nn.Module, tokens: torch.Tensor) -> T.Scorer:
-        return T.Scorer(model, tokens, None, self.s.eval_seq_len, self.s.val_batch_size // 8)
+    def scorer(self, model: torch.nn.Module, tokens: torch.Tensor, window: int) -> T.Scorer:
+        return T.Scorer(model, tokens, None, window, self.s.val_batch_size // 8)
 
 
 # -------
@@ -345,16 +345,24 @@ def bench_train(bench: Bench) -> dict:
 
 
 def bench_score(bench: Bench) -> dict:
-    """Scoring with windows of EVAL_SEQ_LEN that each score EVAL_STRIDE tokens: a step is eight batches a process."""
+    """Scoring with windows of EVAL_SEQ_LEN that each score EVAL_STRIDE tokens: a step is eight batches a process. With
+    EVAL_MODE=streaming: a batch of lanes of nine windows, each position once."""
     s, model = bench.s, bench.model()
-    windows = 8 * T.world_size() * max(1, s.val_batch_size // 8 // s.eval_seq_len)
-    scorer = bench.scorer(model, bench.tokens(s.eval_seq_len + windows * s.eval_stride + 1))
-    plan = T.plan_windows(scorer.targets, s.eval_seq_len, s.eval_stride)[1:]  # the first window scores all its tokens
-    flop, formula = forward_flop(model, s, s.eval_seq_len)
-    return after_warm_up(
-        lambda: timed(lambda: scorer.score(plan), 3, bench.device),
-        lambda: measure(lambda: scorer.score(plan), bench, windows * s.eval_stride, flop * windows * s.eval_seq_len),
-        bench) | dict(formula=f"{s.eval_seq_len} / {s.eval_stride} x ({formula})")
+    if s.eval_mode == "streaming":
+        window = s.eval_window or s.eval_seq_len
+        lanes, length = T.world_size() * max(1, s.val_batch_size // 8 // window), 9 * window
+        scorer = bench.scorer(model, bench.tokens(lanes * length + 1), window)
+        start, read, scored = length * torch.arange(lanes), lanes * length, lanes * length
+        plan = torch.stack((start, start, start + length), dim=1), length
+    else:
+        windows = 8 * T.world_size() * max(1, s.val_batch_size // 8 // s.eval_seq_len)
+        scorer = bench.scorer(model, bench.tokens(s.eval_seq_len + windows * s.eval_stride + 1), s.eval_seq_len)
+        window, read, scored = s.eval_seq_len, windows * s.eval_seq_len, windows * s.eval_stride
+        plan = T.plan_windows(scorer.targets, window, s.eval_stride)[1:],  # the first window scores all its tokens
+    flop, formula = forward_flop(model, s, window)
+    return after_warm_up(lambda: timed(lambda: scorer.score(*plan), 3, bench.device),
+                         lambda: measure(lambda: scorer.score(*plan), bench, scored, flop * read),
+                         bench) | dict(formula=f"{read} / {scored} x ({formula})")
 
 
 def stopwatch(method: Callable, seconds: list[float], device: torch.device) -> Callable:
@@ -368,31 +376,40 @@ def stopwatch(method: Callable, seconds: list[float], device: torch.device) -> C
 
 
 def bench_ttt(bench: Bench) -> dict:
-    """A step is a chunk: scored, then learnt from for TTT_EPOCHS."""
-    s, model = bench.s, bench.model()
-    C, windows = s.ttt_chunk_tokens, -(-s.ttt_chunk_tokens // s.eval_stride)
-    tokens = bench.tokens(s.eval_seq_len + max(windows * s.eval_stride, C) + 1)
-    scorer, learner = bench.scorer(model, tokens), T.Learner(model, s)
-    plan = T.plan_windows(scorer.targets, s.eval_seq_len, s.eval_stride)[1:windows + 1]
-    split = dict(score=[], learn=[], update=[])
+    """A step is a chunk: scored, then learnt from for TTT_EPOCHS; with EVAL_MODE=streaming behind a window of past."""
+    s, model, split = bench.s, bench.model(), dict(score=[], learn=[], update=[])
+    C, learner = s.ttt_chunk_tokens, T.Learner(model, s)
+    streaming = s.eval_mode == "streaming"
+    window = streaming and s.eval_window or s.eval_seq_len
+    scorer = bench.scorer(model, bench.tokens(window + (2 * bench.steps + 6) * C + 1), window)
+    chunks = (T.streamed_chunks if streaming else T.windowed_chunks)(scorer, learner, s)
     learner.update = marked(learner.update)
+    next(chunks)  # which scores more, or only gives context
 
     def chunk() -> None:
-        scorer.score(plan)
-        learner.learn(tokens[:C + 1], s.ttt_epochs, s.ttt_lr)
+        start = now(bench.device)
+        _, learn = next(chunks)
+        between = now(bench.device)
+        learn(s.ttt_epochs)
+        split["score"].append(between - start)
+        split["learn"].append(now(bench.device) - between)
 
     def run() -> dict:
-        score, train = forward_flop(model, s, s.eval_seq_len), forward_flop(model, s, s.train_seq_len)
+        score, train = (forward_flop(model, s, length)[0] for length in (window, s.train_seq_len))
         trained = s.ttt_epochs * C // s.train_seq_len * s.train_seq_len
-        found = measure(chunk, bench, C, score[0] * windows * s.eval_seq_len + 3 * train[0] * trained)
-        for owner, name in ((scorer, "score"), (learner, "learn"), (learner, "update")):
-            setattr(owner, name, stopwatch(getattr(owner, name), split[name], bench.device))
+        flop = -(-C // s.eval_stride) * window * score + 3 * train * trained
+        if streaming:  # an epoch goes on where scoring ended
+            flop = 3 * s.ttt_epochs * C * score
+        found = measure(chunk, bench, C, flop)
+        learner.update = stopwatch(learner.update, split["update"], bench.device)
+        for seconds in split.values():
+            seconds.clear()
         timed(chunk, bench.steps, bench.device)
         score, learn, update = (sum(seconds) / bench.steps for seconds in split.values())
         return found | dict(
             seconds_per_chunk=dict(score=score, train=learn - update, update=update),
             seconds_per_million_tokens=1e6 / found["tokens_per_second"],
-            formula="a forward pass for each window, forward and backward for each epoch")
+            formula="of scoring, and forward and backward of each epoch; in a stream the first epoch's forward is scoring's")
 
     return after_warm_up(lambda: timed(chunk, 2, bench.device), run, bench)
 

@@ -18,6 +18,8 @@ STAGES = {
                   "rounding costs more than it should: late QAT had too few steps"),
     "sliding": ("sliding windows", lambda change: change < 0, "every token sees more of what stands before it",
                 "the model makes no use of longer context yet: it saw too few tokens"),
+    "streaming": ("streaming", lambda change: change < 0, "in one pass, every token sees a whole window before it",
+                  "the model makes no use of longer context yet: it saw too few tokens"),
     "ttt": ("test-time training", lambda change: change <= -0.02, "the weights learn from text already scored",
             "little learnt: raise TTT_LR or take smaller chunks"),
 }

@@ -6,7 +6,7 @@
 #
 #   1  bring-up: 120 s of training, quantization, scoring and TTT on 2M tokens of validation text
 #   2  where a training step goes: each attention kernel that runs, micro-batches of one and two spans
-#   3  speed of scoring and of TTT
+#   3  speed of scoring and of TTT, in windows and streaming
 #   4  quality at equal time: 300 s of training for each VARIANT below, or for those named
 #
 # CORPUS holds train.jsonl.xz and val.jsonl.xz; their shards stay in data/gpu_checks. MACHINE is h200 and PYTHON python3
@@ -69,7 +69,7 @@ train() {
 # bench NAME ARGUMENT ...: adds a table to NAME.txt and figures to NAME.jsonl
 bench() {
     local to=$out/${machine}_$1 what=${*:2}
-    echo "== MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0} EVAL_STRIDE=${EVAL_STRIDE:-64} bench.py ${what%% --profile*}" |
+    echo "== RECIPE=${RECIPE:-record} EVAL_MODE=${EVAL_MODE:-} EVAL_STRIDE=${EVAL_STRIDE:-64} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0} bench.py ${what%% --profile*}" |
         tee -a "$to.txt"
     "$python" tools/bench.py "${@:2}" --shards --steps $steps --json "$figures" | tee -a "$to.txt" || return 1
     cat "$figures" >> "$to.jsonl"
@@ -96,7 +96,9 @@ case $entry in
     rm -f "$out/${machine}_eval".{txt,jsonl}
     bench eval score
     EVAL_STRIDE=${EVAL_SEQ_LEN:-2048} bench eval score
-    bench eval ttt ;;
+    bench eval ttt
+    EVAL_MODE=streaming bench eval score
+    RECIPE=best bench eval ttt ;;
 4)
     ran= failed=
     for variant in "${VARIANTS[@]}"; do

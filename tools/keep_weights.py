@@ -22,7 +22,7 @@ def kept_at(path: Path) -> Iterator[None]:
     export = T.export
 
     def keep_and_export(s, fingerprint: str, trainer: T.Trainer, *rest) -> bytes:
-        file, settings = io.BytesIO(), {name: T.show(getattr(s, name)) for name in T.NAMES if name not in T.LOCAL_SETTINGS}
+        file, settings = io.BytesIO(), {name: T.show(getattr(s, name)) for name in T.NAMES}
         torch.save(dict(settings=settings, tokenizer=fingerprint, weights=trainer.model.state_dict()), file)
         T.write_atomically(path, file.getvalue())
         return export(s, fingerprint, trainer, *rest)

@@ -78,7 +78,7 @@ def read(path: Path) -> tuple[str, Row, Weights, bytes | None]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         kept = {name: T.parse_value(name.upper(), text) for name, text in found["settings"].items()}
-        if kept.keys() != set(T.NAMES) - T.LOCAL_SETTINGS:
+        if kept.keys() != set(T.NAMES):
             raise ValueError("it has other settings")
         return found["tokenizer"], kept, {name: w.float() for name, w in found["weights"].items()}, None
     except Exception as e:  # unpickling raises all sorts

@@ -1,24 +1,27 @@
 """Write the generated parts of README.md: the table of settings, that of the demo from logs/demo.txt, that of speed from what
-tools/bench.py left in logs/*.jsonl, and that of quantizers from logs/quantizers.json by tools/quant_report.py.
+tools/bench.py left in logs/*.jsonl, that of quantizers from logs/quantizers.json by tools/quant_report.py, and that of ways to
+score from logs/bench_eval.json by tools/bench_eval.py.
 
     python tools/readme.py           # after a change of a setting, after `make demo` or tools/gpu_checks.sh
     python tools/readme.py --check   # change nothing; fail if README.md is not up to date
 
-A part stands between the lines `<!-- generated: settings -->`, or demo, speed or quantizers, and
-`<!-- end -->`.
+A part stands between the lines `<!-- generated: settings -->`, or demo, speed, quantizers or scoring, and `<!-- end -->`.
 """
 import argparse
 import json
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from runlog import RunLog, read_log  # noqa: E402
-from train_gpt import FIELDS, GROUPS, RunError, allowed, show, write_atomically  # noqa: E402
+from train_gpt import FIELDS, RunError, allowed, show, write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+GROUPS = dict(DATA_PATH="data", RUN_ID="run", NUM_LAYERS="model", MATRIX_LR="optimizer", EMA_ENABLED="averaging, QAT",
+              EVAL_SEQ_LEN="evaluation", TTT_ENABLED="test-time training")  # first settings of groups, and their titles
 NOT_MEASURED = "not measured"
 AVERAGES = dict(raw="raw: the last step's", ema="EMA", swa="SWA")
 
@@ -55,7 +58,7 @@ def demo_part(log: RunLog) -> str:
     s, training = log.settings, log.stages["training"]
     titles = dict(training="end of training", averaged=f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
                   roundtrip="artifact, read back", sliding=f"sliding windows, stride {s['EVAL_STRIDE']}",
-                  ttt="score-first TTT")
+                  streaming="streaming, each position once", ttt="score-first TTT")
     rows, before = [], None
     for name, stage in log.stages.items():
         bpb = round(stage.val_bpb, 4)
@@ -139,6 +142,28 @@ def quantizers_part(path: Path) -> str:
         raise RunError(f"{path}: no figures of tools/quant_report.py ({e}); measure again") from None
 
 
+def scoring_part(path: Path) -> str:
+    """Ways to score side by side, from the figures of tools/bench_eval.py. Raises RunError, OSError."""
+    try:
+        return scoring_report(json.loads(path.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise RunError(f"{path}: no figures of tools/bench_eval.py ({e}); measure again") from None
+
+
+def scoring_report(found: dict) -> str:
+    """The table of tools/bench_eval.py; changes and speed are against the first row."""
+    first, rows = found["rows"][0], []
+    for row in found["rows"]:
+        seconds = statistics.median(row["seconds"])
+        rows.append([row["mode"], " ".join(f"`{word}`" for word in row["settings"].split()), f"{row['val_bpb']:.5f}",
+                     f"{row['val_bpb'] - first['val_bpb']:+.5f}", f"{seconds:.1f}", f"{row['tokens'] / seconds:,.0f}",
+                     f"{statistics.median(first['seconds']) / seconds:.2f}"])
+    header = ["mode", "settings", "val_bpb", "change", "seconds", "tokens/s", "speed"]
+    times = len(first["seconds"])
+    return "\n".join([table(header, rows, right=5), "", f"On {first['tokens']:,} tokens, {found['machine']}, torch "
+                      f"{found['torch']}; seconds: {f'median of {times}, taking turns' if times > 1 else 'of one run'}."])
+
+
 def replace_part(text: str, name: str, body: str, path: Path) -> str:
     """Raises RunError unless the part's opening line is there once and an end follows it before another part opens."""
     opening = re.split(rf"^(<!-- generated: {name} -->\n)", text, flags=re.MULTILINE)
@@ -161,13 +186,15 @@ def main(argv: list[str] | None = None) -> None:
                         help="folder of the figures of tools/bench.py (%(default)s)")
     parser.add_argument("--quantizers", type=Path, default=Path(os.path.relpath(ROOT / "logs/quantizers.json")),
                         help="figures of tools/quant_report.py (%(default)s)")
+    parser.add_argument("--scoring", type=Path, default=Path(os.path.relpath(ROOT / "logs/bench_eval.json")),
+                        help="figures of tools/bench_eval.py (%(default)s)")
     args = parser.parse_args(argv)
     try:
         old = new = args.readme.read_text("utf-8")
         stale = []
         for name, body in (("settings", settings_part()), ("demo", demo_part(read_log(args.log))),
                            ("speed", speed_part(bench_results(args.bench))),
-                           ("quantizers", quantizers_part(args.quantizers))):
+                           ("quantizers", quantizers_part(args.quantizers)), ("scoring", scoring_part(args.scoring))):
             before, new = new, replace_part(new, name, body, args.readme)
             stale += [name] if new != before else []
         if args.check and stale:

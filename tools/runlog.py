@@ -12,7 +12,8 @@ from train_gpt import RunError, show  # noqa: E402
 
 SEPARATOR = "\n" + "=" * 100 + "\n"
 NUMBER = r"(\d+\.\d+)"
-SCORED_STAGES = {"roundtrip": "final_int6_roundtrip", "sliding": "final_int6_sliding_window", "ttt": "legal_ttt"}
+SCORED_STAGES = {"roundtrip": "final_int6_roundtrip", "sliding": "final_int6_sliding_window",
+                 "streaming": "final_int6_streaming", "ttt": "legal_ttt"}
 
 
 class Stage(NamedTuple):
@@ -36,7 +37,7 @@ class RunLog:
     steps: int
     holdout_losses: dict[str, float]  # of each weight average, nats per token
     chosen: str  # the average that was exported
-    stages: dict[str, Stage]  # training, averaged, roundtrip, sliding and, unless TTT_ENABLED=0, ttt
+    stages: dict[str, Stage]  # training, averaged, roundtrip, sliding or streaming, and, unless TTT_ENABLED=0, ttt
     bytes_total: int  # source and artifact
 
     @property
@@ -91,8 +92,10 @@ def parse_log(text: str, name: str) -> RunLog:
     loss, bpb = find("averaged_exact", "averaged" + exact)
     stages = {"training": Stage(float(train_loss), float(train_bpb), int(train_ms) / 1000, int(peak)),
               "averaged": Stage(float(loss), float(bpb), (int(both_ms) - int(train_ms)) / 1000, int(peak))}
+    absent = {"sliding" if settings.get("EVAL_MODE") == "streaming" else "streaming"}
+    absent |= {"ttt"} if settings.get("TTT_ENABLED") == "0" else set()
     for stage, start in SCORED_STAGES.items():
-        if stage != "ttt" or settings.get("TTT_ENABLED") != "0":
+        if stage not in absent:
             ms, peak = find(f"'{start} eval_time'", start + r" eval_time:(\d+)ms, peak memory (\d+) MiB")
             loss, bpb = find(f"{start}_exact", start + exact)
             stages[stage] = Stage(float(loss), float(bpb), int(ms) / 1000, int(peak))

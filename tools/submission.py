@@ -30,7 +30,7 @@ def submission(log: RunLog, log_path: str, program: str, args: argparse.Namespac
         "github_id": args.github_id,
         "blurb": args.blurb or f"{log.steps} steps of {log.settings['TRAIN_BATCH_TOKENS']} tokens, "
                                f"weight average {log.chosen}, weights quantized by {log.settings.get('QUANTIZER', 'rtn')} and entropy-coded, "
-                               + ("score-first test-time training" if "ttt" in log.stages else "sliding windows"),
+                               + ("score-first test-time training" if "ttt" in log.stages else f"{list(log.stages)[-1]} scoring"),
         "date": args.date,
         "track": args.track,
         "val_loss": log.final.val_loss,
