@@ -117,7 +117,7 @@ def test_a_bad_id_further_on_names_its_span(folder):
 
 
 @pytest.mark.parametrize("settings, parts", [
-    (dict(NUM_LAYER=3), ["NUM_LAYER ", "NUM_LAYERS"]), (dict(TTT_LRR=3), ["TTT_LRR ", "TTT_LR "]),
+    (dict(NUM_LAYER=3), ["NUM_LAYER ", "NUM_LAYERS"]), (dict(TTT_LRR=3), ["TTT_LRR ", "the nearest is TTT_LR"]),
     (dict(NUM_LAYERS="two"), ["NUM_LAYERS='two'", "integer"]), (dict(BETA1=2), ["BETA1='2'", "0.999999"]),
     (dict(TRAIN_BATCH_TOKENS=500), ["TRAIN_BATCH_TOKENS=500", "TRAIN_SEQ_LEN=32"]),
     (dict(MODEL_DIM=34), ["MODEL_DIM=34", "NUM_HEADS=2"]), (dict(NUM_HEADS=3), ["MODEL_DIM=32", "NUM_HEADS=3"]),
@@ -276,7 +276,7 @@ def test_an_intact_artifact_put_together_again_is_scored(scored, trained):
 def test_a_process_of_its_own_says_one_line(folder):
     result = tiny.run_process(folder, SWA_EVRY=3)
     assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
-    assert message_of(result).startswith("SWA_EVRY ") and "SWA_EVERY " in result.err
+    assert message_of(result).startswith("SWA_EVRY ") and "the nearest is SWA_EVERY" in result.err
 
 
 def test_three_processes_are_refused_by_each(folder):
