@@ -24,7 +24,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import train_gpt as T  # noqa: E402
 from bench import Parser, now, positive  # noqa: E402
-from quant_report import read  # noqa: E402
+from quant_report import read, settings_for  # noqa: E402
 from readme import scoring_report  # noqa: E402
 from train_gpt import RunError  # noqa: E402
 
@@ -39,11 +39,7 @@ def settings_of(row: str, kept: dict[str, Any], path: Path) -> Any:
     for name in words:
         if name not in T.FIELDS:
             raise RunError(f"--row {row!r}: {name} is no setting of train_gpt.py")
-    s = T.parse_settings({**os.environ, **words}, kept)
-    for name in ["vocab_size", *T.NAMES[T.NAMES.index("num_layers"):T.NAMES.index("matrix_lr")]]:
-        if getattr(s, name) != kept[name]:
-            raise RunError(f"{name.upper()}={T.show(getattr(s, name))}, but {path} was made with {T.show(kept[name])}")
-    return s
+    return settings_for({**os.environ, **words}, kept, path)
 
 
 def shown(s: Any) -> str:

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import lru_cache
 from importlib.util import find_spec
@@ -86,13 +87,19 @@ def read(path: Path) -> tuple[str, Row, Weights, bytes | None]:
         raise RunError(f"{path}: neither an artifact nor a checkpoint of this version ({why})") from None
 
 
+def settings_for(environ: Mapping[str, str], kept: Row, path: Path) -> Any:
+    """`kept`, the settings that the file at path was made with, under the environment's. Raises RunError for another model's."""
+    s = T.parse_settings(environ, kept)
+    for name in ["vocab_size", *T.NAMES[T.NAMES.index("num_layers"):T.NAMES.index("matrix_lr")]]:
+        if getattr(s, name) != kept[name]:
+            raise RunError(f"{name.upper()}={T.show(getattr(s, name))}, but {path} was made with {T.show(kept[name])}")
+    return s
+
+
 def prepare(args: argparse.Namespace, made_with: str, kept: Row, weights: Weights
             ) -> tuple[T.GPT, T.ByteTables, Tensor, Tensor]:
     """(model, byte tables, tokens to calibrate on, tokens to score) on the device. Raises RunError."""
-    s = T.parse_settings(os.environ, kept)
-    for name in ["vocab_size", *T.NAMES[T.NAMES.index("num_layers"):T.NAMES.index("matrix_lr")]]:
-        if getattr(s, name) != kept[name]:
-            raise RunError(f"{name.upper()}={T.show(getattr(s, name))}, but {args.file} was made with {T.show(kept[name])}")
+    s = settings_for(os.environ, kept, args.file)
     tokenizer, fingerprint = T.load_tokenizer(s.tokenizer_path, s.vocab_size)
     if made_with != fingerprint:
         raise RunError(f"{args.file}: made with another tokenizer than TOKENIZER_PATH={s.tokenizer_path}")
