@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test readme clean
+.PHONY: help demo test soak readme clean
 help:
 	@echo "make demo    train, quantize and score a small model on this machine's CPU, in about four minutes"
 	@echo "make test    run the tests, in a few minutes"
+	@echo "make soak    kill and resume sixty runs at random moments, in about ten minutes"
 	@echo "make readme  renew the generated parts of README.md from --help and logs/demo.txt"
 	@echo "make clean   remove .venv and the demo data"
 
@@ -21,17 +22,21 @@ help:
 	$(BIN)/pip install --disable-pip-version-check -q -r tools/requirements.txt
 	@touch $@
 
-demo: .venv/ready
+demo: .venv/ready-tools
 	@echo "== building the demo data from this Python's standard library"
 	@$(BIN)/python tools/demo_data.py --out data/demo
 	@echo "== training and scoring with the settings of tools/demo.env, two processes on the CPU"
 	@set -a && . tools/demo.env && OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train_gpt.py
 	@echo "== what the stages did"
 	@$(BIN)/python tools/demo_report.py logs/demo.txt
+	@$(BIN)/python tools/plot.py logs/demo.txt --out logs/demo.png
 
 test: .venv/ready-tools
 	@echo "== running the tests"
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+soak: .venv/ready-tools
+	TRIALS=60 $(BIN)/python -m pytest -v --no-header tests/test_checkpoint.py -k random | tee logs/soak.txt
 
 readme: .venv/ready
 	$(BIN)/python tools/readme.py

@@ -15,12 +15,13 @@ import math
 import os
 import platform
 import re
-import resource
 import sys
 import time
 import uuid
+from ast import literal_eval
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import make_dataclass
 from itertools import count, cycle
 from pathlib import Path
@@ -32,126 +33,125 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch import Tensor, arange, cat, nn, no_grad, stack
 
 class RunError(Exception):
 	"""What the user can put right, in a line. Most functions raise it."""
 
+try:
+	from tools.extras import notify
+except ImportError:  # this file does without
+	notify = lambda *what: None
+
 # ---- Settings ----
 
-class Setting(NamedTuple):
-	default: object
-	help: str
-	low: float = 0
-	high: float = 1e300
+Setting = namedtuple("Setting", "default low high help")
 
-SETTINGS = dict(
-	data_path=("./data/datasets/fineweb10B_sp1024", "shards' folder"),
-	tokenizer_path=("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"),
-	vocab_size=(1024, "tokenizer's tokens", 2, 65536),
+TABLE = """
+DATA_PATH="./data/datasets/fineweb10B_sp1024" shards' folder
+TOKENIZER_PATH="./data/tokenizers/fineweb_1024_bpe.model" SentencePiece model
+VOCAB_SIZE=1024 2..65536 tokenizer's tokens
 
-	run_id=("", "of logs/RUN_ID.txt; empty: a UUID"),
-	seed=(1337, "seed of the weights", 0, 4294967295),
-	iterations=(20000, "most training steps"),
-	max_wallclock_seconds=(600.0, "cap on training; 0: none"),
-	warmup_steps=(20, "steps that compile"),
-	warmdown_iters=(3500, "steps down to learning rate 0"),
-	train_batch_tokens=(786432, "tokens per step", 8),
-	train_seq_len=(2048, "tokens per sequence", 2),
-	micro_batch_tokens=(0, "tokens per pass; 0: an eighth step"),
-	train_log_every=(500, "steps between log lines; 0: none"),
-	val_loss_every=(4000, "steps between validations; 0: one"),
-	val_batch_size=(524288, "tokens 8 ranks score at once", 8),
-	holdout_tokens=(524288, "training tokens to choose by", 1),
-	artifact_path=("", "empty: logs/RUN_ID.bin"),
-	artifact_limit=(16_000_000, "bytes of code and artifact", 1),
-	eval_only=(False, "only score ARTIFACT_PATH"),
-	recipe=("record", "or best: other defaults"),
+RUN_ID="" of logs/RUN_ID.txt; empty: a UUID
+SEED=1337 0..4294967295 seed of the weights
+ITERATIONS=20000 most training steps
+MAX_WALLCLOCK_SECONDS=600.0 cap on training; 0: none
+WARMUP_STEPS=20 steps that compile
+WARMDOWN_ITERS=3500 steps down to learning rate 0
+TRAIN_BATCH_TOKENS=786432 8.. tokens per step
+TRAIN_SEQ_LEN=2048 2.. tokens per sequence
+MICRO_BATCH_TOKENS=0 tokens per pass; 0: an eighth step
+TRAIN_LOG_EVERY=500 steps between log lines; 0: none
+VAL_LOSS_EVERY=4000 steps between validations; 0: one
+VAL_BATCH_SIZE=524288 8.. tokens 8 ranks score at once
+HOLDOUT_TOKENS=524288 1.. training tokens to choose by
+ARTIFACT_PATH="" empty: logs/RUN_ID.bin
+ARTIFACT_LIMIT=16_000_000 1.. bytes of code and artifact
+EVAL_ONLY=0 0..1 only score ARTIFACT_PATH
+CHECKPOINT_EVERY=0.0 seconds between checkpoints; 0: none
+RESUME="" checkpoint to go on from, or auto: RUN_ID's
+AUDIT=0 0..1 check scoring against the rules
+RECIPE="record" or best: other defaults
 
-	num_layers=(11, "layers", 1),
-	model_dim=(512, "model width", 2),
-	num_heads=(8, "query heads", 1),
-	num_kv_heads=(4, "key/value heads", 1),
-	mlp_mult=(3.0, "MLP width over MODEL_DIM", 0.5),
-	tie_embeddings=(True, "the head is the table"),
-	rope_base=(10000.0, "rotary base", 1),
-	rope_dims=(16, "rotating channels per head", 4),
-	logit_softcap=(30.0, "cap * tanh(logits / cap)", 1e-3),
-	qk_gain_init=(1.5, "first query gain"),
-	ln_scale=(True, "inputs by 1/sqrt(layer + 1)"),
-	xsa_last_n=(4, "last layers with XSA"),
-	bigram_vocab_size=(1536, "bigram rows; below 2: none"),
-	bigram_dim=(128, "its width", 1),
-	ve_enabled=(True, "add value embeddings"),
-	ve_dim=(128, "their width", 1),
-	ve_layers=((9, 10), "layers that add them"),
-	tied_embed_init_std=(0.005, "deviation of new tables"),
+NUM_LAYERS=11 1.. layers
+MODEL_DIM=512 2.. model width
+NUM_HEADS=8 1.. query heads
+NUM_KV_HEADS=4 1.. key/value heads
+MLP_MULT=3.0 0.5.. MLP width over MODEL_DIM
+TIE_EMBEDDINGS=1 0..1 the head is the table
+ROPE_BASE=10000.0 1.. rotary base
+ROPE_DIMS=16 4.. rotating channels per head
+LOGIT_SOFTCAP=30.0 0.001.. cap * tanh(logits / cap)
+QK_GAIN_INIT=1.5 first query gain
+LN_SCALE=1 0..1 inputs by 1/sqrt(layer + 1)
+XSA_LAST_N=4 last layers with XSA
+BIGRAM_VOCAB_SIZE=1536 bigram rows; below 2: none
+BIGRAM_DIM=128 1.. its width
+VE_ENABLED=1 0..1 add value embeddings
+VE_DIM=128 1.. their width
+VE_LAYERS=9,10 layers that add them
+TIED_EMBED_INIT_STD=0.005 deviation of new tables
 
-	matrix_lr=(0.025, "Muon learning rate"),
-	scalar_lr=(0.025, "that of the rest"),
-	tied_embed_lr=(0.035, "that of the tables"),
-	embed_lr=(0.6, "the same, TIE_EMBEDDINGS=0"),
-	head_lr=(0.008, "the head's, TIE_EMBEDDINGS=0"),
-	muon_momentum=(0.99, "Muon momentum", 0, 1),
-	muon_momentum_warmup_start=(0.92, "that at step 0", 0, 1),
-	muon_momentum_warmup_steps=(1500, "steps up to MUON_MOMENTUM"),
-	muon_backend_steps=(5, "Newton-Schulz steps", 1),
-	muon_wd=(0.04, "banks' weight decay"),
-	adam_wd=(0.04, "that of the rest"),
-	beta1=(0.9, "AdamW beta1", 0, 0.999999),
-	beta2=(0.95, "AdamW beta2", 0, 0.999999),
-	adam_eps=(1e-8, "AdamW epsilon"),
-	grad_clip_norm=(0.3, "most gradient norm; 0: none"),
+MATRIX_LR=0.025 Muon learning rate
+SCALAR_LR=0.025 that of the rest
+TIED_EMBED_LR=0.035 that of the tables
+EMBED_LR=0.6 the same, TIE_EMBEDDINGS=0
+HEAD_LR=0.008 the head's, TIE_EMBEDDINGS=0
+MUON_MOMENTUM=0.99 0..1 Muon momentum
+MUON_MOMENTUM_WARMUP_START=0.92 0..1 that at step 0
+MUON_MOMENTUM_WARMUP_STEPS=1500 steps up to MUON_MOMENTUM
+MUON_BACKEND_STEPS=5 1.. Newton-Schulz steps
+MUON_WD=0.04 banks' weight decay
+ADAM_WD=0.04 that of the rest
+BETA1=0.9 0..0.999999 AdamW beta1
+BETA2=0.95 0..0.999999 AdamW beta2
+ADAM_EPS=1e-8 AdamW epsilon
+GRAD_CLIP_NORM=0.3 most gradient norm; 0: none
 
-	ema_enabled=(True, "exponential average"),
-	ema_decay=(0.997, "decay of the EMA", 0, 1),
-	swa_enabled=(True, "average of last steps"),
-	swa_every=(50, "steps between, near the end", 1),
-	late_qat=(True, "round weights at the end"),
-	late_qat_threshold=(0.15, "rate / peak that starts it"),
-	quantizer=("gptq", "or rtn: the record's"),
-	matrix_step=(1.0, "least mean step; 1: the record's", 0.25, 1000),
+EMA_ENABLED=1 0..1 exponential average
+EMA_DECAY=0.997 0..1 decay of the EMA
+SWA_ENABLED=1 0..1 average of last steps
+SWA_EVERY=50 1.. steps between, near the end
+LATE_QAT=1 0..1 round weights at the end
+LATE_QAT_THRESHOLD=0.15 rate / peak that starts it
+MATRIX_STEP=1.0 0.25..1000 least mean step; 1: the record's
 
-	eval_seq_len=(2048, "tokens per window", 2),
-	eval_stride=(64, "tokens a window scores", 1),
-	eval_mode=("sliding", "or streaming: each position once"),
-	eval_window=(0, "tokens it sees; 0: EVAL_SEQ_LEN"),
-	eval_max_seconds=(600.0, "limit; TTT does less to keep it", 1e-3),
-	eval_time_soft_cap_seconds=(570.0, "no extra epochs past 85% of it"),
+EVAL_SEQ_LEN=2048 2.. tokens per window
+EVAL_STRIDE=64 1.. tokens a window scores
+EVAL_MODE="sliding" or streaming: each position once
+EVAL_WINDOW=0 tokens it sees; 0: EVAL_SEQ_LEN
+EVAL_MAX_SECONDS=600.0 0.001.. limit; TTT does less to keep it
+EVAL_TIME_SOFT_CAP_SECONDS=570.0 no extra epochs past 85% of it
 
-	ttt_enabled=(True, "learn from what was scored"),
-	ttt_muon=(True, "Newton-Schulz updates; 0: SGD"),
-	ttt_ns_steps=(3, "Newton-Schulz steps", 1),
-	ttt_entropy_adapt=(True, "epochs by difficulty"),
-	ttt_entropy_high=(2.1, "nats that are hard"),
-	ttt_entropy_low=(1.75, "nats that are easy"),
-	ttt_lr=(0.002, "learning rate, a cosine"),
-	ttt_epochs=(3, "epochs per chunk", 1),
-	ttt_chunk_tokens=(32768, "tokens per chunk", 2),
-	ttt_batch_seqs=(32, "sequences per update", 1),
-	ttt_freeze_blocks=(0, "first layers kept fixed"),
-	ttt_momentum=(0.9, "SGD momentum", 0, 0.999999),
-	ttt_grad_clip=(1.0, "most gradient norm; 0: none"),
-	ttt_decay=(0.0, "pull back at an update", 0, 1),
-)
+TTT_ENABLED=1 0..1 learn from what was scored
+TTT_MUON=1 0..1 Newton-Schulz updates; 0: SGD
+TTT_NS_STEPS=3 1.. Newton-Schulz steps
+TTT_ENTROPY_ADAPT=1 0..1 epochs by difficulty
+TTT_ENTROPY_HIGH=2.1 nats that are hard
+TTT_ENTROPY_LOW=1.75 nats that are easy
+TTT_LR=0.002 learning rate, a cosine
+TTT_EPOCHS=3 1.. epochs per chunk
+TTT_CHUNK_TOKENS=32768 2.. tokens per chunk
+TTT_BATCH_SEQS=32 1.. sequences per update
+TTT_FREEZE_BLOCKS=0 first layers kept fixed
+TTT_MOMENTUM=0.9 0..0.999999 SGD momentum
+TTT_GRAD_CLIP=1.0 most gradient norm; 0: none
+TTT_DECAY=0.0 0..1 pull back at an update
+"""
+FIELDS = {name: Setting(literal_eval(default), float(low or 0), float(high or 1e300), text) for name, default, low, high, text
+	in re.findall(r"(\w+)=(\S+) (?:(\S+)\.\.(\S*) )?(.+)", TABLE)}
 
-BEST = dict(eval_mode="streaming", ttt_entropy_adapt=False, ttt_lr=0.01, ttt_epochs=1, ttt_chunk_tokens=2048, ttt_decay=0.005)
-RECIPES = dict(record={name: SETTINGS[name][0] for name in BEST}, best=BEST)
-FIELDS = {name.upper(): Setting(*row) for name, row in SETTINGS.items()}
-Settings = make_dataclass("Settings", [(name, type(row[0]), row[0]) for name, row in SETTINGS.items()])
+BEST = dict(eval_mode="streaming", ttt_entropy_adapt=0, ttt_lr=0.01, ttt_epochs=1, ttt_chunk_tokens=2048, ttt_decay=0.005)
+RECIPES = dict(record={name: FIELDS[name.upper()].default for name in BEST}, best=BEST)
+Settings = make_dataclass("Settings", [(name.lower(), type(f.default), f.default) for name, f in FIELDS.items()])
 PREFIXES = {name.split("_")[0] for name in FIELDS} - {*"ARTIFACT DATA HEAD MAX MODEL NUM RUN SEED".split()}  # others' too
-PARSERS = {
-	int: ("an integer", int), float: ("a number", float), str: ("text", str),
-	bool: ("0 or 1", {"0": False, "1": True}.__getitem__),
-	tuple: ("integers separated by commas", lambda text: tuple(map(int, filter(None, text.split(",")))))}
+KINDS = {int: "an integer", float: "a number", str: "text", tuple: "integers separated by commas"}
 RULES = """
 MODEL_DIM % (2 * NUM_HEADS) == 0
 NUM_HEADS % NUM_KV_HEADS == 0
 ROPE_DIMS in range(4, MODEL_DIM // NUM_HEADS + 1, 2)
 len({*VE_LAYERS} & {*range(NUM_LAYERS)}) == len(VE_LAYERS)
 TRAIN_BATCH_TOKENS % (8 * TRAIN_SEQ_LEN) == 0
-QUANTIZER in ("gptq", "rtn")
 RECIPE in ("record", "best")
 EVAL_MODE == "sliding" or EVAL_MODE == "streaming" and TTT_CHUNK_TOKENS % 8 == 0
 EVAL_STRIDE <= EVAL_SEQ_LEN
@@ -159,33 +159,32 @@ TTT_CHUNK_TOKENS >= TRAIN_SEQ_LEN or not TTT_ENABLED or EVAL_MODE == "streaming"
 TTT_FREEZE_BLOCKS <= NUM_LAYERS
 ARTIFACT_PATH or not EVAL_ONLY
 "/" not in RUN_ID
+RUN_ID or RESUME != "auto"
 """.strip().split("\n")
 
 def show(value):
-	if isinstance(value, str):
-		return value
-	return ",".join(map(str, value)) if isinstance(value, tuple) else str(value + 0).removesuffix(".0")
+	return value if isinstance(value, str) else ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:.15g}"
 
 def assignments(s, names):
 	return " ".join(f"{name}={show(getattr(s, name.lower()))}" for name in names)
 
 def allowed(f):
-	kind, limits = type(f.default), f" from {f.low}" + f" to {f.high}" * (f.high < 1e300)
-	return PARSERS[kind][0] + limits * (kind in (int, float))
+	limits = f" from {show(f.low)}" + f" to {show(f.high)}" * (f.high < 1e300)
+	return KINDS[type(f.default)] + limits * isinstance(f.default, (int, float))
 
 def parse_value(name, text):
-	f = FIELDS[name]
-	with suppress(ValueError, KeyError):
-		value = PARSERS[type(f.default)][1](text)
-		if isinstance(value, (str, tuple)) or f.low <= value <= f.high:
+	f, kind = FIELDS[name], type(FIELDS[name].default)
+	with suppress(ValueError):
+		value = tuple(map(int, filter(None, text.split(",")))) if kind == tuple else kind(text)
+		if kind in (str, tuple) or f.low <= value <= f.high:
 			return value
 	raise RunError(f"{name}={text!r}: allowed is {allowed(f)}")
 
 def parse_settings(environ, defaults={}):
 	for name in environ:
 		own = "_" in name and (name.split("_")[0] in PREFIXES or any(field.startswith(name) for field in FIELDS))
-		nearest = difflib.get_close_matches(name, FIELDS, 1, 0 if own else 0.91)
-		if nearest and name not in FIELDS:
+		nearest = name not in FIELDS and difflib.get_close_matches(name, FIELDS, 1, 0 if own else 0.91)
+		if nearest:
 			raise RunError(f"{name} is no setting; the nearest is {nearest[0]}")
 	given = {name.lower(): parse_value(name, environ[name]) for name in FIELDS if name in environ}
 	given = defaults | RECIPES.get(given.get("recipe"), {}) | given
@@ -199,12 +198,6 @@ def parse_settings(environ, defaults={}):
 		if not eval(rule, {name: getattr(s, name.lower()) for name in names}):
 			raise RunError(f"must hold: {rule}; now {assignments(s, names)}")
 	return s
-
-def help_text():
-	text = __doc__
-	for name, f in FIELDS.items():
-		text += f"\n  {name + '=' + show(f.default):38} {f.help} ({allowed(f)})"
-	return text
 
 # ---- Processes; each helper is a no-op on one ----
 
@@ -239,7 +232,7 @@ class AllReduce(torch.autograd.Function):
 def all_reduce_list(tensors):
 	"""The same for tensors of one dtype."""
 	if world_size() > 1:
-		flat = all_reduce(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
+		flat = all_reduce(cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
 		torch._foreach_copy_(tensors, [*map(Tensor.view_as, flat, tensors)])
 
 def from_rank0(value):
@@ -266,38 +259,35 @@ def share(total):
 	"""This rank's [low, high) of `total`."""
 	return [total * r // world_size() for r in (rank(), rank() + 1)]
 
-log_file = None
-
-def log(line):
-	if rank() == 0:
-		for file in filter(None, (sys.stdout, log_file)):
-			print(line, file=file, flush=True)
-
 def timer():
 	start = time.perf_counter()
 	return lambda: time.perf_counter() - start
 
-def progress_of(stage):
-	seconds, last = timer(), 0
+outputs, lost = [None], []  # None: stdout
 
-	def report(done):
-		nonlocal last
-		if seconds() > last + 10:
-			last = seconds()
-			log(f"progress: {stage} {done:.0%}, {last * (1 / done - 1):.0f} s left")
+def log(event, template="", **values):
+	"""On rank 0: the filled-in template, or names and values. A full disk ends a log; the run fails at its end only."""
+	if rank() == 0:
+		more = notify("event", event, values) or ""
+		words = (f"{name}:{value:.6g}" if isinstance(value, float) else f"{name}:{value}" for name, value in values.items())
+		line = (template.format_map(values) or " ".join([event, *words])) + more
+		for output in outputs[:]:
+			try:
+				print(line, file=output, flush=True)
+			except OSError as e:
+				outputs.remove(output)
+				lost.append(str(e))
 
-	return report
-
-def open_outputs(log_path, artifact_path, source):
-	global log_file
+def open_outputs(log_path, artifact_path, source, append):
 	for path in filter(None, (log_path, artifact_path)):
 		os.makedirs(path.parent, exist_ok=True)
 		if path.is_dir() or not os.access(path.parent, os.W_OK):
 			raise RunError(f"{path} cannot be written")
-	if log_path.exists():
+	if log_path.exists() and not append:
 		os.replace(log_path, f"{log_path}.previous")
-	log_file = open(log_path, "w", encoding="utf-8")
-	print(source, "=" * 100, sep="\n", file=log_file)
+	outputs.append(open(log_path, "a", encoding="utf-8"))
+	if not log_path.stat().st_size:
+		print(source, "=" * 100, sep="\n", file=outputs[-1])
 
 def write_atomically(path, data):
 	temporary = Path(f"{path}.tmp")
@@ -307,17 +297,11 @@ def write_atomically(path, data):
 	finally:
 		temporary.unlink(missing_ok=True)
 
-@torch.no_grad()
+@no_grad()
 def copy_weights(weights, values):
 	torch._foreach_copy_(weights, values)
 
 copies = lambda weights: [w.detach().clone() for w in weights]
-
-@contextmanager
-def undone(weights):
-	before = copies(weights)
-	yield
-	copy_weights(weights, before)
 
 # ---- Tokens and bytes ----
 
@@ -359,6 +343,7 @@ def open_shard(path):
 	header, size, offset = np.fromfile(path, "<i4", 3).tolist(), os.path.getsize(path), 4 * SHARD_HEADER_INTS
 	if size <= offset or header != [SHARD_MAGIC, SHARD_VERSION, (size - offset) / 2]:
 		raise RunError(f"shard {path}: {size} bytes, header {header}, not {offset} + 2 N, {[SHARD_MAGIC, SHARD_VERSION]} + [N]")
+	notify("shard", path)
 	return np.memmap(path, "<u2", "r", offset)
 
 def open_shards(data_path, split):
@@ -383,6 +368,7 @@ def read_stream(shards, position, count):
 	"""`count` tokens from `position` on; the shards repeat."""
 	parts, position = [], position % sum(map(len, shards))
 	for shard in cycle(shards):
+		notify("shard", getattr(shard, "filename", None))
 		parts.append(shard[position:position + count])
 		position, count = max(position - len(shard), 0), count - len(parts[-1])
 		if count == 0:
@@ -395,15 +381,15 @@ def split_holdout(shards, tokens, seq_len):
 		raise RunError(f"TRAIN_SEQ_LEN={seq_len} exceeds HOLDOUT_TOKENS or a quarter of the last train shard")
 	return shards[:-1] + [shards[-1][:-held]], shards[-1][-held:]
 
-def batches(shards, span, vocab_size):
+def batches(shards, span, vocab_size, first=0):
 	"""Every W-th of each step's 8 spans: (8 / W, span + 1) int32, read ahead."""
 	def read(step):
-		return torch.stack([check_ids(read_stream(shards, i * (span + 1), span + 1), vocab_size, f"span {i}")
+		return stack([check_ids(read_stream(shards, i * (span + 1), span + 1), vocab_size, f"span {i}")
 				for i in range(8 * step + rank(), 8 * step + 8, world_size())])
 
 	with ThreadPoolExecutor(1) as pool:
-		ahead = pool.submit(read, 0)
-		for step in count(1):
+		ahead = pool.submit(read, first)
+		for step in count(first + 1):
 			spans, ahead = ahead.result(), pool.submit(read, step)
 			yield spans
 
@@ -411,19 +397,15 @@ def batches(shards, span, vocab_size):
 
 def band_of(P, T, device):
 	"""A mask: T positions behind P others, each of which sees itself and P - 1 before."""
-	sees = lambda b, h, q, k: (q < k) & (k <= q + P)
-	if device.type == "cuda":
-		return create_block_mask(sees, None, None, T, P + T, device)
-	return sees(0, 0, torch.arange(T)[:, None], torch.arange(P + T))
+	q, k = arange(T, device=device)[:, None], arange(P + T, device=device)
+	return (q < k) & (k <= q + P)
 
 def torch_attention(q, k, v, band=None):
 	"""q (B, T, H, d), k and v (B, P + T, K, d) -> (B, T, H, d), causal."""
+	if band is not None:  # no fast kernel has groups and a mask
+		k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
 	q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-	if isinstance(band, BlockMask):
-		a = flex_attention(q, k, v, block_mask=band, enable_gqa=True)
-	else:
-		a = F.scaled_dot_product_attention(q, k, v, band, is_causal=band is None, enable_gqa=True)
-	return a.transpose(1, 2)
+	return F.scaled_dot_product_attention(q, k, v, band, is_causal=band is None, enable_gqa=band is None).transpose(1, 2)
 
 def choose_attention(device):
 	"""(name, function): FlashAttention 3 if it runs here, else PyTorch's."""
@@ -431,8 +413,7 @@ def choose_attention(device):
 		from flash_attn_interface import flash_attn_func
 		attention = lambda q, k, v, band=None: flash_attn_func(  # -1: no limit
 				q, k, v, causal=True, window_size=(k.size(1) - q.size(1) - 1, 0))
-		x = torch.zeros(1, 128, 8, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-		torch.compile(attention, fullgraph=True)(x, x, x).sum().backward()
+		attention(*[torch.zeros(1, 128, 8, 64, device=device, dtype=torch.bfloat16)] * 3)
 		return "FlashAttention 3", attention
 	except Exception:
 		return "PyTorch", torch_attention
@@ -442,15 +423,15 @@ norm = lambda x: F.rms_norm(x, x.shape[-1:])
 def rotary_tables(length, window, dims, base, device):
 	"""cos and sin, (length, 1, dims / 2) fp32; the base grows beyond windows of 1,024."""
 	base *= max(1, window / 1024) ** (dims / (dims - 2))
-	frequencies = base ** (-torch.arange(0, dims, 2, device=device) / dims)
-	angles = torch.outer(torch.arange(length, device=device), frequencies)[:, None]
+	frequencies = base ** (-arange(0, dims, 2, device=device) / dims)
+	angles = torch.outer(arange(length, device=device), frequencies)[:, None]
 	return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
 	"""Of x (B, T, heads, d), the first channels: i with i + dims / 2."""
 	n = cos.size(-1)
 	x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
-	return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+	return cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 def new(*shape, value=0.0, on=True):
 	return nn.Parameter(torch.full(shape, value)) if on else None
@@ -478,10 +459,10 @@ class Block(nn.Module):
 			v = v + value_embedding.view_as(v)
 		k, own = norm(k), v
 		if past:
-			kv, before = torch.stack((k, v)), rank() * T if ranks > 1 else 0
+			kv, before = stack((k, v)), rank() * T if ranks > 1 else 0
 			if ranks > 1:
 				kv = AllReduce.apply(F.pad(kv, (0, 0, 0, 0, before, (ranks - 1) * T - before)))
-			kv = torch.cat((past[self.layer], kv), dim=2)
+			kv = cat((past[self.layer], kv), dim=2)
 			past[self.layer] = kv[:, :, T - len(cos):].detach().contiguous()
 			k, v = kv.narrow(2, before, len(cos))
 		q = rotate(norm(q), cos[-T:], sin[-T:]) * self.q_gain.to(x.dtype)[:, None]
@@ -513,7 +494,7 @@ class GPT(nn.Module):
 		self.skip_weights = new(L // 2, D, value=1.0, on=L > 1)
 		self.blocks = nn.ModuleList(Block(s, layer, attention) for layer in range(L))
 
-	@torch.no_grad()
+	@no_grad()
 	def initialize(self):
 		self.tok_emb.normal_(0, self.s.tied_embed_init_std)
 		if self.ve_layers:
@@ -538,11 +519,10 @@ class GPT(nn.Module):
 		"""The banks, perhaps rounded to `steps`, cast: q, k, v (L, D + 2*K*d, D), o, up, down."""
 		L, banks = len(self.blocks), self.banks()
 		if steps:  # the gradient passes straight through
-			limit = 31 if self.s.quantizer == "rtn" else MOST
-			banks = [(round_to(bank, steps[name], limit) * steps[name]).detach() + (bank - bank.detach())
+			banks = [(round_to(bank, steps[name], MOST) * steps[name]).detach() + (bank - bank.detach())
 					for name, bank in zip(self.BANKS, banks)]
 		qo, kv, up, down = (bank.to(self.dtype) for bank in banks)
-		return [torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down]
+		return [cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down]
 
 	def forward(self, tokens, targets, *more):
 		"""logits() and targets (B, T) int64 -> negative log-likelihoods in nats (B, T) fp32."""
@@ -633,7 +613,7 @@ class Optimizers:
 		self.adamw = torch.optim.AdamW([dict(base_lr=lr, params=group) for lr, group in groups.items()],
 				betas=(s.beta1, s.beta2), eps=s.adam_eps, weight_decay=s.adam_wd, fused=True)
 
-	@torch.no_grad()
+	@no_grad()
 	def step(self, multiplier, momentum):
 		"""Returns the norm before clipping."""
 		s, W, groups, updates, works = self.s, world_size(), self.adamw.param_groups, [], []
@@ -643,7 +623,9 @@ class Optimizers:
 			for bank, shard in zip(self.banks, shards):
 				dist.reduce_scatter(shard, [*F.pad(bank.grad, (0, 0, 0, 0, 0, len(shard) * W - len(bank))).chunk(W)])
 			all_reduce_list(grads)
-		total = (all_reduce(nn.utils.get_total_norm(shards) ** 2) + nn.utils.get_total_norm(grads) ** 2).sqrt()
+		self.norms = stack(torch._foreach_norm(shards + grads))
+		squares, own = self.norms.square(), len(shards)
+		total = (all_reduce(squares[:own].sum()) + squares[own:].sum()).sqrt()
 		if s.grad_clip_norm:
 			torch._foreach_mul_(shards + grads, (s.grad_clip_norm / (total + 1e-6)).clamp(max=1))
 		for shard, buffer in zip(shards, self.momentum):
@@ -678,7 +660,7 @@ class WeightAverages:
 		self.weights, self.s, self.samples = weights, s, 0
 		self.averages = dict(ema=copies(weights)) if s.ema_enabled else {}
 
-	@torch.no_grad()
+	@no_grad()
 	def update(self, step, multiplier):
 		s, averages = self.s, self.averages
 		if s.ema_enabled:
@@ -686,9 +668,6 @@ class WeightAverages:
 		if s.swa_enabled and multiplier < 0.2 and step % s.swa_every == 0:
 			self.samples += 1
 			torch._foreach_lerp_(averages.setdefault("swa", copies(self.weights)), self.weights, 1 / self.samples)
-
-	def candidates(self):
-		return dict(raw=copies(self.weights)) | self.averages
 
 # ---- Quantization ----
 
@@ -721,7 +700,9 @@ def calibrate(model, tokens, seq_len):
 			sums[weight.data_ptr()].addmm_(flat.mT, flat)
 		return linear(x, weight)
 
-	for i in range(*share(len(groups))):
+	low, high = share(len(groups))
+	for i in range(low, high):
+		notify("progress", "calibration", (i + 1 - low) / (high - low))
 		with patch.object(F, "linear", recorded):
 			logits = model.logits(groups[i], matrices).flatten(0, 1)
 		random = torch.empty_like(logits).exponential_(generator=torch.Generator(tokens.device).manual_seed(i))
@@ -735,28 +716,22 @@ def calibrate(model, tokens, seq_len):
 	sums[-1].cpu()  # wait: this is timed
 	return dict(zip(("qkv", "o", "up", "down"), moments)), fisher
 
-@torch.no_grad()
-def base_steps(s, model, fisher):
-	"""(..., rows, 1): the record's or, with GPTQ, as fine, ~ 1 / sqrt(Fisher information), so that a bit is worth the same
-	everywhere, within 8 times the matrix's."""
+@no_grad()
+def base_steps(model, fisher):
+	"""(..., rows, 1): as fine as the record's, ~ 1 / sqrt(Fisher information), so that a bit is worth the same everywhere,
+	within 8 times the matrix's."""
 	weights, steps = model.quantized(), {}
-	for name, w in weights.items():
-		clip = (CLIP_QUANTILES, 31) if name in model.BANKS else ([0.9999984], 127)
-		steps[name] = torch.cat([clip_steps(m, *clip) for m in w.view(-1, *w.shape[-2:])]).view_as(w[..., :1])
-	if s.quantizer == "rtn":
-		return steps
-	octaves = lambda: sum(steps[name].log2().mean() * weights[name].numel() for name in model.BANKS)
-	before = octaves()
+	record = {name: cat([clip_steps(m, CLIP_QUANTILES, 31) for m in weights[name]]) for name in model.BANKS}
 	for name, f in fisher.items():
 		mean = f.mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
 		steps[name] = f.clamp(mean / 64, mean * 64).rsqrt()
-	ratio = ((before - octaves()) / sum(map(torch.numel, model.banks()))).exp2()
+	octaves = sum((step.log2().mean() - steps[name].log2().mean()) * weights[name].numel() for name, step in record.items())
+	ratio = (octaves / sum(map(torch.numel, model.banks()))).exp2()
 	return {name: (steps[name] * ratio).maximum(w.abs().amax(-1, keepdim=True) / 900) for name, w in weights.items()}
 
-def scaled(s, base, knob):
-	"""base times knob, in fp16's values; GPTQ's in eighths of octaves."""
-	rounded = lambda step: (8 * step.log2()).round().div(8).exp2() if s.quantizer == "gptq" else step
-	return {name: rounded(step * knob).clamp(TINY, 65504).half().float() for name, step in base.items()}
+def scaled(base, knob):
+	"""base times knob, rounded to eighths of octaves."""
+	return {name: (8 * (step * knob).log2()).round().div(8).exp2().clamp(TINY, 65504).half().float() for name, step in base.items()}
 
 def factor(moments):
 	"""(columns by falling input; so ordered, upper Cholesky factors of the damped moments' inverses, in place)."""
@@ -771,26 +746,23 @@ def gptq(bank, step, order, upper):
 	"""Integers of bank (n, rows, columns): the columns to come make good each one's rounding (arXiv 2210.17323)."""
 	order = order[:, None].expand_as(bank)
 	w, q, step = bank.gather(2, order), torch.empty_like(bank), step[..., 0]
-	for low in range(0, w.size(2), 128):
-		high = min(low + 128, w.size(2))
-		errors = []
-		for j in range(low, high):
-			q[..., j] = (w[..., j] / step).round()
-			errors.append((w[..., j] - q[..., j] * step) / upper[:, j, j, None])
-			w[..., j:high] -= errors[-1][..., None] * upper[:, None, j, j:high]
-		w[..., high:] -= torch.stack(errors, dim=2) @ upper[:, low:high, high:]
+	for j in range(w.size(2)):
+		q[..., j] = (w[..., j] / step).round()
+		error = (w[..., j] - q[..., j] * step) / upper[:, j, j, None]
+		w[..., j:] -= error[..., None] * upper[:, None, j, j:]
 	return w.scatter_(2, order, q)
 
-@torch.no_grad()
-def quantize(s, weights, steps, factors={}):
+@no_grad()
+def quantize(weights, steps, factors={}):
 	"""NAME -> int16, NAME.scale -> fp16 for what has steps, else NAME -> fp16. Without factors: to the nearest."""
 	inputs = dict(qo_bank="qkv o", kv_bank="qkv qkv", up_bank="up", down_bank="down")
 	stored = {name: w.half() for name, w in weights.items() if name not in steps}
-	for name, step in steps.items():
-		q, limit = weights[name] / step, MOST if s.quantizer == "gptq" else 31 if name in inputs else 127
+	for i, (name, step) in enumerate(steps.items()):
+		notify("progress", "rounding" if factors else "", i / len(steps))
+		q = weights[name] / step
 		if factors and name in inputs:
-			q = gptq(weights[name], step, *map(torch.cat, zip(*map(factors.get, inputs[name].split()))))
-		stored[name], stored[name + ".scale"] = q.round_().clamp_(-limit, limit).short(), step.half()
+			q = gptq(weights[name], step, *map(cat, zip(*map(factors.get, inputs[name].split()))))
+		stored[name], stored[name + ".scale"] = q.round_().clamp_(-MOST, MOST).short(), step.half()
 	return stored
 
 def dequantize(stored):
@@ -868,8 +840,8 @@ def rans_decode(frequency, contexts, code):
 	return symbols
 
 MAGIC = b"GPT16MB2"
-LOCAL = "data_path tokenizer_path run_id artifact_path artifact_limit eval_only".split()
-NAMES = [name for name in SETTINGS if name not in LOCAL]
+LOCAL = "DATA_PATH TOKENIZER_PATH RUN_ID ARTIFACT_PATH ARTIFACT_LIMIT EVAL_ONLY CHECKPOINT_EVERY RESUME AUDIT".split()
+NAMES = [name.lower() for name in FIELDS if name not in LOCAL]
 
 def pack_artifact(s, fingerprint, stored):
 	"""Magic; SHA-256 of the rest; length, 4 bytes, of the xz stream of an .npz file; that; rANS code of all integers + MOST.
@@ -881,7 +853,7 @@ def pack_artifact(s, fingerprint, stored):
 	integers = {name: stored.pop(name) for name, t in [*stored.items()] if t.dtype == torch.int16}
 	rows = {name + ".rows": row_contexts(q) for name, q in integers.items()}
 	columns = {name: q.size(-1) for name, q in integers.items()}
-	contexts, symbols = (torch.cat([t.flatten() for t in parts]).numpy() for parts in (
+	contexts, symbols = (cat([t.flatten() for t in parts]).numpy() for parts in (
 		map(torch.Tensor.repeat_interleave, rows.values(), columns.values()), (q + MOST for q in integers.values())))
 	settings = {name: show(getattr(s, name)) for name in NAMES}
 	header = json.dumps(dict(tokenizer=fingerprint, settings=settings, columns=columns)).encode()
@@ -917,8 +889,8 @@ def plan_windows(targets, window, stride):
 	"""(n, 3): a window's start, begin and end of its targets. The first scores all, a later one its last `stride`, the last
 	what is left."""
 	window = min(window, targets)
-	end = F.pad(torch.arange(window, targets, stride), (0, 1), value=targets)
-	return torch.stack((end - window, F.pad(end[:-1], (1, 0)), end), dim=1)
+	end = F.pad(arange(window, targets, stride), (0, 1), value=targets)
+	return stack((end - window, F.pad(end[:-1], (1, 0)), end), dim=1)
 
 class Score(NamedTuple):
 	nats: float = 0
@@ -936,24 +908,24 @@ class Scorer:
 		self.model, self.tokens, self.tables, self.targets = model, tokens, tables, len(tokens) - 1
 		self.window = min(window, self.targets)
 		self.batch = max(1, batch_tokens // self.window)
-		self.segment = self.window if tokens.is_cuda else -(-self.window // 4)  # of a stream, read at once
+		self.segment = -(-self.window // 4)  # of a stream, read at once
 
 	def ids(self, at):
 		return torch.where(at < 0, -1, self.tokens[at.clamp(0, self.targets)]).long()
 
 	def read(self, at, matrices, past, ranks=1):
 		"""The nll at positions (B, T)."""
-		x = self.ids(torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1) if past else at)
+		x = self.ids(cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1) if past else at)
 		return self.model(x, self.ids(at + 1), matrices, past, ranks)
 
 	def measure(self, nll, at, begin, end):
 		"""(3,) fp64: nats, number and bytes of the targets from begin to end."""
 		x, y, scored = self.ids(at), self.ids(at + 1), (begin <= at) & (at < end)
 		size = self.tables.count(x, y) if self.tables else scored
-		return torch.stack([(per_token * scored).sum() for per_token in (nll.double(), scored, size)])
+		return stack([(per_token * scored).sum() for per_token in (nll.double(), scored, size)])
 
-	@torch.no_grad()
-	def score(self, plan, length=0, progress=lambda done: None):
+	@no_grad()
+	def score(self, plan, length=0, stage=""):
 		"""measure() of a plan, over the ranks; windows of more `length` are streamed. Some that score nothing fill up batches."""
 		(low, high), device, length = share(len(plan)), self.tokens.device, max(length, self.window)
 		batch = self.batch if self.tokens.is_cuda else max(1, min(self.batch, high - low))
@@ -963,9 +935,9 @@ class Scorer:
 			start, begin, end = rows.unbind(1)
 			past = self.model.no_past(len(rows)) if length > self.window else None
 			for low in (0, *range(self.window, length, self.segment)):
-				at = start + low + torch.arange(self.segment if low else self.window, device=device)
+				at = start + low + arange(self.segment if low else self.window, device=device)
 				sums += self.measure(self.read(at, matrices, past), at, begin, end)
-				progress((i + (low + 1) / length) / len(batches))
+				notify("progress", stage, (i + (low + self.segment) / length) / len(batches))
 		return all_reduce(sums)
 
 	def score_all(self, stride, stage="scoring"):
@@ -978,7 +950,7 @@ class Scorer:
 		return self.score_plan(length, max(1, length - self.window), "streaming")
 
 	def score_plan(self, length, stride, stage):
-		return score_of(self.score(plan_windows(self.targets, length, stride), length, progress_of(stage)))
+		return score_of(self.score(plan_windows(self.targets, length, stride), length, stage))
 
 # ---- Test-time training ----
 
@@ -989,14 +961,14 @@ def chunk_epochs(s, val_loss, late):
 class Learner:
 	def __init__(self, model, s):
 		self.model, self.s, self.weights = model, s, list(model.parameters())
-		self.first = copies(self.weights)
+		self.first, self.past = copies(self.weights), model.no_past(1)
 		self.sgd = not s.ttt_muon and torch.optim.SGD(self.weights, momentum=s.ttt_momentum)
 
 	def learn(self, tokens, epochs, lr):
 		"""On the whole sequences in tokens (C + 1,), TTT_BATCH_SEQS an update, over the ranks; some of weight zero fill up."""
 		s, T, W, n = self.s, self.s.train_seq_len, world_size(), (len(tokens) - 1) // self.s.train_seq_len
 		x, y = (t[:n * T].view(n, T).long() for t in (tokens, tokens[1:]))
-		slot = rank() + W * torch.arange(-(-min(s.ttt_batch_seqs, n) // W), device=tokens.device)
+		slot = rank() + W * arange(-(-min(s.ttt_batch_seqs, n) // W), device=tokens.device)
 		for first in [*range(0, n, s.ttt_batch_seqs)] * epochs:
 			rows, at = min(s.ttt_batch_seqs, n - first), (first + slot).clamp(max=n - 1)
 			weight = (slot[:, None] < rows) / (rows * T)
@@ -1005,7 +977,7 @@ class Learner:
 	def update(self, loss, lr):
 		s, weights = self.s, self.weights
 		loss.backward()
-		with torch.no_grad():
+		with no_grad():
 			all_reduce_list([p.grad for p in weights])
 			self.model.zero_frozen_gradients(s.ttt_freeze_blocks)
 			if s.ttt_grad_clip:
@@ -1020,27 +992,26 @@ class Learner:
 					p.sub_(newton_schulz(p.grad, s.ttt_ns_steps) if p.dim() > 1 else p.grad, alpha=lr)
 			self.model.zero_grad()
 
-def windowed_chunks(scorer, learner, s):
-	"""Yield (score, learn(epochs)) of chunks. A window is of the chunk of its first target."""
+def windowed_chunks(scorer, learner, s, first=0):
+	"""Yield (score, learn(epochs)) of chunks from the first on. A window is of the chunk of its first target."""
 	C, plan = s.ttt_chunk_tokens, plan_windows(scorer.targets, scorer.window, s.eval_stride)
 	parts = plan.split((plan[:, 1] // C).bincount(minlength=-(-scorer.targets // C)).tolist())
-	for c, part in enumerate(parts):
+	for c in range(first, len(parts)):
 		tokens, cosine = scorer.tokens[c * C:(c + 1) * C + 1], math.cos(math.pi * c / max(len(parts) - 1, 1))
-		yield scorer.score(part), lambda epochs: learner.learn(tokens, epochs, s.ttt_lr * (1 + cosine) / 2)
+		yield scorer.score(parts[c]), lambda epochs: learner.learn(tokens, epochs, s.ttt_lr * (1 + cosine) / 2)
 
-def streamed_chunks(scorer, learner, s):
+def streamed_chunks(scorer, learner, s, first=0):
 	"""The same, each position read once. Ranks have parts of a chunk, whose scores are what is learnt from. Past keys and
 	values stay as they were. The first chunk is a window of context."""
-	C, past = s.ttt_chunk_tokens, scorer.model.no_past(1)
-	for low in (0, *range(scorer.window, scorer.targets, C)):
+	C = s.ttt_chunk_tokens
+	for low in (0, *range(scorer.window, scorer.targets, C))[first:]:
 		ranks, T = (world_size(), C // world_size()) if low else (1, scorer.window)
-		at = torch.arange(T, device=scorer.tokens.device)[None] + low + (rank() * T if low else 0)
-		before = past
+		at = arange(T, device=scorer.tokens.device)[None] + low + (rank() * T if low else 0)
+		before = learner.past
 
 		def read():
-			nonlocal past
-			past = before.copy()
-			return scorer.read(at, learner.model.matrices(), past, ranks)
+			learner.past = before.copy()
+			return scorer.read(at, learner.model.matrices(), learner.past, ranks)
 
 		def learn(epochs):
 			for epoch in range(epochs):
@@ -1050,14 +1021,16 @@ def streamed_chunks(scorer, learner, s):
 		score = scorer.measure(nll.detach(), at, 0, scorer.targets if low or rank() == 0 else 0)
 		yield all_reduce(score), low and learn
 
-def score_first_ttt(scorer, learner, s, seconds=lambda: 0.0, say=log):
+def score_first_ttt(scorer, learner, s, seconds=None):
 	"""(The whole Score, each chunk's (Score, epochs)); each is scored before the weights learn from it. Rank 0's seconds(), since
 	scoring began, limit learning."""
-	streaming, total, records, clock = s.eval_mode == "streaming", 0, [], timer()
+	streaming, records, clock = s.eval_mode == "streaming", notify("resume_ttt", learner) or [], timer()
+	quiet, seconds = not seconds, seconds or (lambda: 0.0)
 	rate, credit, scoring, learning, now = 1, 0, 0, 0, from_rank0(seconds())
-	chunks = (streamed_chunks if streaming else windowed_chunks)(scorer, learner, s)
+	chunks = (streamed_chunks if streaming else windowed_chunks)(scorer, learner, s, len(records))
+	total = sum(score for score, _ in records)
 	n = streaming - (streaming * scorer.window - scorer.targets) // s.ttt_chunk_tokens
-	for c in range(n):
+	for c in range(len(records), n):
 		check, epochs = c % max(1, n // 200) == 0, 0  # the clock waits for the device
 		start = check and seconds()
 		score, learn = next(chunks)
@@ -1075,8 +1048,11 @@ def score_first_ttt(scorer, learner, s, seconds=lambda: 0.0, say=log):
 			rate = spare / max(left * learning * s.ttt_epochs, 1e-9)
 			now, rate = from_rank0((now, min(max(rate, 0), 1)))
 		records.append((score, epochs))
-		if c % -(-n // 20) == 0 or c == n - 1:
-			say(f"ttt_chunk [{c + 1}/{n}] bpb={score_of(total).val_bpb:.6f} time={clock():.1f}s")
+		notify("chunk", learner, records)
+		notify("progress", "TTT", (c + 1) / n)
+		if not quiet and (c % -(-n // 20) == 0 or c == n - 1):
+			log("ttt_chunk", "ttt_chunk [{chunk}/{chunks}] bpb={bpb:.6f} time={seconds:.1f}s", chunk=c + 1, chunks=n,
+				bpb=score_of(total).val_bpb, seconds=clock())
 	return score_of(total), [(score_of(score), epochs) for score, epochs in records]
 
 # ---- Training ----
@@ -1086,7 +1062,7 @@ class Trainer:
 		self.s, self.device, self.steps = s, device, None
 		self.shards, holdout = split_holdout(open_shards(s.data_path, "train"), s.holdout_tokens, s.train_seq_len)
 		holdout = check_ids(holdout, s.vocab_size, "held-out tail").to(device)
-		self.batches = lambda: batches(self.shards, s.train_batch_tokens // 8, s.vocab_size)
+		self.batches = lambda first=0: batches(self.shards, s.train_batch_tokens // 8, s.vocab_size, first)
 		torch.manual_seed(s.seed)
 		self.model = GPT(s, attention, dtype).initialize().on(device)
 		self.weights = list(self.model.parameters())
@@ -1105,20 +1081,21 @@ class Trainer:
 			part = self.model(*batch, matrices).sum() / s.train_batch_tokens
 			part.backward()
 			loss += part.detach()
-		return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
+		return stack((loss, self.optimizers.step(multiplier, momentum)))
 
 	def fix_steps(self, fisher, limit):
-		s, model, base = self.s, self.model, base_steps(self.s, self.model, fisher)
-		size = lambda knob: estimate_bytes(quantize(s, model.state_dict(), scaled(s, base, knob)))
+		s, model, base = self.s, self.model, base_steps(self.model, fisher)
+		size = lambda knob: estimate_bytes(quantize(model.state_dict(), scaled(base, knob)))
 		self.base, self.knob = base, from_rank0(fit_knob(s, model, size, limit, s.matrix_step))
-		self.steps = scaled(s, base, self.knob)
+		self.steps = scaled(base, self.knob)
 
 	def warm_up(self):
 		"""Returns the seconds to keep for the end."""
-		spans, reserve = self.batches(), 0
-		with undone(self.weights):
-			for _ in range(self.s.warmup_steps):
-				self.step(together(lambda: next(spans)), 1.0, self.s.muon_momentum)
+		spans, before, reserve = self.batches(), copies(self.weights), 0
+		for i in range(self.s.warmup_steps):
+			notify("progress", "warm-up", i / self.s.warmup_steps)
+			self.step(together(lambda: next(spans)), 1.0, self.s.muon_momentum)
+		copy_weights(self.weights, before)
 		self.optimizers = Optimizers(self.model, self.s)
 		for action, times in ((self.holdout_loss, 4), (self.calibrate, 1.5)):
 			action()  # the first time compiles
@@ -1129,81 +1106,83 @@ class Trainer:
 
 	def run(self, validate, limit):
 		"""Returns GPTQ's moments. Rank 0's clock decides; reading it is a step's only wait for the device."""
-		s, elapsed, paused, seconds = self.s, 0, 0, timer()
+		s, seconds = self.s, timer()
 		reserve = self.warm_up()
-		log(f"warm-up took {seconds():.1f}s; {1000 * reserve:.0f}ms are kept for the end")
+		log("warm_up", took=seconds(), reserve=1000 * reserve)
 		budget = (s.max_wallclock_seconds or math.inf) - reserve
-		averages, spans, progress, seconds = WeightAverages(self.weights, s), self.batches(), progress_of("training"), timer()
-		for step in count():
+		averages = WeightAverages(self.weights, s)
+		first, elapsed = notify("resume", self, averages) or (0, 0)
+		spans, seconds, paused = self.batches(first), timer(), -elapsed
+		for step in count(first):
 			mean = elapsed / max(step, 1)
 			last = step == s.iterations or step and elapsed + mean > budget
-			status = f"step:{step}/{s.iterations} %s train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * mean:.2f}ms"
-			if step and s.train_log_every and (step <= 10 or step % s.train_log_every == 0):
-				log(status % f"train_loss:{loss:.4f}")
+			status = "step:{step}/{iterations} %s train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms"
+			now = dict(step=step, iterations=s.iterations, train_time=1000 * elapsed, step_avg=1000 * mean)
+			if step > first and s.train_log_every and (step <= 10 or step % s.train_log_every == 0):
+				log("step", status % "train_loss:{train_loss:.4f}", **now, train_loss=loss, multiplier=multiplier)
 			if last or s.val_loss_every and step % s.val_loss_every == 0:
 				pause, score = timer(), validate()
-				log(status % f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}")
+				log("validation", status % "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}", **now, val_loss=score.val_loss,
+					val_bpb=score.val_bpb)
 				paused += pause()
 			if last:
 				break
 			multiplier = lr_multiplier(step, s, elapsed, budget)
 			if s.late_qat and step and multiplier < s.late_qat_threshold and not self.steps:
 				self.fix_steps(self.calibrate()[1], limit)
-				log(f"late QAT from step {step}, {self.knob:.3f} times the record's steps")
+				log("late_qat", step=step, knob=self.knob)
 			measured = self.step(together(lambda: next(spans)), multiplier, muon_momentum(step, s))
 			averages.update(step, multiplier)
 			loss, norm = measured.tolist()
 			now = [(seconds() - paused) * (rank() == 0), loss, norm / world_size()]
 			elapsed, loss, norm = all_reduce(torch.tensor(now, dtype=torch.float64)).tolist()
 			if not math.isfinite(loss + norm):
-				raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rates")
-			progress(max((step + 1) / s.iterations, elapsed / budget))
-		self.choose(averages.candidates())
+				where = notify("not_finite", self.optimizers, loss) or ""
+				raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}{where}; lower the learning rates")
+			notify("step", self, averages, step + 1, elapsed)
+			notify("progress", "training", max((step + 1) / s.iterations, elapsed / budget))
+		self.choose(dict(raw=copies(self.weights)) | averages.averages)
 		moments, fisher = self.calibrate()
 		if not self.steps:
 			self.fix_steps(fisher, limit)
-		log(f"training: {step} steps in {1000 * elapsed:.0f}ms, {1000 * (seconds() - paused):.0f}ms with calibration; "
-			f"peak memory {peak_memory()}")
+		log("trained", steps=step, train_time=now["train_time"], with_calibration=1000 * (seconds() - paused))
 		return moments
 
 	def choose(self, candidates):
-		best, least = "", math.inf
+		losses = {}
 		for name, weights in candidates.items():
 			copy_weights(self.weights, weights)
-			loss = self.holdout_loss()
-			log(f"weight_average:{name} holdout_loss:{loss:.6f}")
-			if loss < least:
-				best, least = name, loss
-		if not best:
+			losses[name] = self.holdout_loss()
+			log("average", average=name, holdout_loss=losses[name])
+		finite = [name for name in losses if math.isfinite(losses[name])]
+		if not finite:
 			raise RunError("no held-out loss is finite")
+		best = min(finite, key=losses.get)
 		copy_weights(self.weights, candidates[best])
-		log(f"weight_average chosen:{best}")
+		log("chosen", average=best)
 
 # ---- Main ----
 
-def peak_memory():
-	kib = torch.cuda.max_memory_allocated() / 1024 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-	return f"{kib / 1024:.0f} MiB"
-
 def export(s, fingerprint, trainer, moments, limit):
-	seconds, made, weights = timer(), {}, trainer.model.state_dict()
-	factors = {name: factor(m) for name, m in moments.items()} if s.quantizer == "gptq" else {}
+	made, weights = {}, trainer.model.state_dict()
+	factors = {name: factor(m) for name, m in moments.items()}
 
 	def size(knob):
-		made[0] = pack_artifact(s, fingerprint, quantize(s, weights, scaled(s, trainer.base, knob), factors))
+		made[0] = pack_artifact(s, fingerprint, quantize(weights, scaled(trainer.base, knob), factors))
 		return len(made[0])
 
 	knob = fit_knob(s, trainer.model, size, limit, trainer.knob)
-	log(f"quantized by {s.quantizer} in {seconds():.1f}s, {knob:.3f} times the record's steps")
+	log("quantized", knob=knob)
 	return made[0]
 
 def evaluate(**stages):
 	for name, stage in stages.items():
-		seconds, score = timer(), stage()
-		log(f"{name} eval_time:{1000 * seconds():.0f}ms, peak memory {peak_memory()}")
-		log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+		score = notify("scored", name) or stage()
+		notify("stage", name, score)
+		log("stage", "{stage}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}", stage=name, val_loss=score.val_loss,
+			val_bpb=score.val_bpb)
 
-def scoring_stages(s, model, tokens, tables, seconds=lambda: 0.0, say=log):
+def scoring_stages(s, model, tokens, tables, seconds=None):
 	scorer = lambda window: Scorer(model, tokens, tables, window, s.val_batch_size // 8)
 	windows = text = scorer(s.eval_seq_len)
 	stages = dict(final_int6_roundtrip=lambda: windows.score_all(s.eval_seq_len, "roundtrip"))
@@ -1213,18 +1192,20 @@ def scoring_stages(s, model, tokens, tables, seconds=lambda: 0.0, say=log):
 		text = scorer(s.eval_window or s.eval_seq_len)
 		stages["final_int6_streaming"] = text.stream_all
 	if s.ttt_enabled:
-		stages["legal_ttt"] = lambda: score_first_ttt(text, Learner(model, s), s, seconds, say)[0]
+		stages["legal_ttt"] = lambda: score_first_ttt(text, Learner(model, s), s, seconds)[0]
 	return stages
 
 def compile_scoring(s, model, tables):
-	device, seconds = model.tok_emb.device, timer()
+	device = model.tok_emb.device
 	if device.type == "cuda":
 		count = s.ttt_chunk_tokens + 2 * max(s.eval_window, s.eval_seq_len) + 1
 		made_up = torch.randint(s.vocab_size, (count,), dtype=torch.int32, device=device)
-		with undone(list(model.parameters())):
-			for stage in scoring_stages(s, model, made_up, tables, say=lambda line: None).values():
-				stage()
-		log(f"compiled scoring and TTT in {seconds():.1f}s")
+		weights = list(model.parameters())
+		before = copies(weights)
+		for stage in scoring_stages(s, model, made_up, tables).values():
+			stage()
+		copy_weights(weights, before)
+		log("compiled")
 
 def run(s):
 	global newton_schulz
@@ -1233,40 +1214,44 @@ def run(s):
 	if cuda:
 		torch._dynamo.config.recompile_limit = 64
 		newton_schulz = torch.compile(newton_schulz, dynamic=False, fullgraph=True)
-	s.run_id = from_rank0(s.run_id or str(uuid.uuid4()))
+	s.run_id = from_rank0(s.run_id or Path(s.resume).stem or str(uuid.uuid4()))
 	path, source = Path(s.artifact_path or f"logs/{s.run_id}.bin"), Path(__file__).read_bytes()
 	limit = s.artifact_limit - len(source)
-	together(lambda: open_outputs(Path(f"logs/{s.run_id}.txt"), None if s.eval_only else path, source.decode()), 1)
+	resumed = notify("start", s, sys.modules[__name__])
+	only_score = s.eval_only or resumed == "scoring"
+	together(lambda: open_outputs(Path(f"logs/{s.run_id}.txt"), None if s.eval_only else path, source.decode(), resumed), 1)
 
 	def read_artifact():
 		data = from_rank0(together(path.read_bytes, 1))
 		return len(data), *unpack_artifact(data, path)
 
-	if s.eval_only:
+	if only_score:
 		size, made_with, kept, stored = read_artifact()
 		s = parse_settings(os.environ, kept | dict(run_id=s.run_id))
 		for name in NAMES[NAMES.index("num_layers"):NAMES.index("matrix_lr")]:
 			if getattr(s, name) != kept[name]:
 				raise RunError(f"{assignments(s, [name.upper()])}, but the artifact has {show(kept[name])}")
-	log("settings: " + assignments(s, FIELDS))
+	notify("settings", s)
+	log("settings", "settings: " + assignments(s, FIELDS).replace("{", "{{").replace("}", "}}"))
 	(kernel, attention), dtype = choose_attention(device), torch.bfloat16 if cuda else torch.float32
 	hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})"
-	log(f"{world_size()} x {hardware}, attention: {kernel}, torch {torch.__version__}, Python {platform.python_version()}")
+	log("machine", processes=world_size(), hardware=hardware, attention=kernel, torch=torch.__version__)
 	tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
 	with device:
 		tables = byte_tables(tokenizer)
 	tokens = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(device)
-	if not s.eval_only:
+	if not only_score:
 		trainer = together(lambda: Trainer(s, device, attention, dtype))
-		log(f"{sum(map(torch.numel, trainer.weights))} parameters; tokens: {len(tokens)} for validation, "
-			f"{sum(map(len, trainer.shards))} for training, {len(trainer.holdout.tokens)} held out")
+		log("data", parameters=sum(map(torch.numel, trainer.weights)), validation_tokens=len(tokens),
+			training_tokens=sum(map(len, trainer.shards)))
 		scorer = Scorer(trainer.model, tokens, tables, s.eval_seq_len, s.val_batch_size // 8)
 		validate = lambda: scorer.score_all(s.eval_seq_len)
 		moments = trainer.run(validate, limit)
 		evaluate(averaged=validate)
 		together(lambda: write_atomically(path, export(s, fingerprint, trainer, moments, limit)), 1)
 		size, made_with, _, stored = read_artifact()
-	log(f"Total submission size int+rans: {size + len(source)} bytes")
+		del trainer, scorer, validate, moments
+	log("size", "Total submission size int+rans: {total} bytes", total=size + len(source), artifact_bytes=size)
 	if made_with != fingerprint:
 		raise RunError(f"artifact {path}: made with another tokenizer than {s.tokenizer_path}")
 	model = GPT(s, attention, dtype)
@@ -1277,31 +1262,33 @@ def run(s):
 	model, clock = model.on(device), timer()
 	compile_scoring(s, model, tables)
 
-	def seconds():
-		if cuda:
-			torch.cuda.synchronize()
-		return clock()
-
+	before = notify("scoring", path, tokenizer) or 0
+	seconds = lambda: (cuda and torch.cuda.synchronize(), before + clock())[1]
 	evaluate(**scoring_stages(s, model, tokens, tables, seconds))
+	notify("end")
+	if lost:
+		raise RunError(f"the log is not whole: {lost[0]}")
 	if size > limit:
 		raise RunError(f"submission {size - limit} bytes over ARTIFACT_LIMIT={s.artifact_limit}; {path} is kept")
 
 def main():
 	try:
 		if sys.argv[1:] == ["--help"]:
-			print(help_text())
+			print(__doc__ + TABLE)
 		elif sys.argv[1:]:
 			raise RunError(f"unknown argument {sys.argv[1]}, see --help")
 		else:
 			run(parse_settings(os.environ))
+			if dist.is_initialized():
+				dist.destroy_process_group()
 		return 0
-	except RunError as e:
+	except Exception as e:
+		notify("failed", e)
+		if not isinstance(e, (RunError, OSError)):
+			raise
 		who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 		print(f"train_gpt.py: {who}error: {e}", file=sys.stderr)
 		return 2
-	finally:
-		if dist.is_initialized():
-			dist.destroy_process_group()
 
 if __name__ == "__main__":
 	sys.exit(main())

@@ -1,6 +1,7 @@
 """Tiny models, made-up data, and the worker that every process of test_world_size.py runs."""
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,14 @@ def snapshot(weights):
     return [w.detach().clone() for w in weights]
 
 
+@contextmanager
+def undone(weights):
+    """The weights afterwards are as they were before."""
+    before = snapshot(weights)
+    yield
+    T.copy_weights(weights, before)
+
+
 TTT_RUNS = dict(muon=dict(TTT_MUON=1), sgd=dict(TTT_MUON=0), frozen=dict(TTT_MUON=1, TTT_FREEZE_BLOCKS=1),
                 sgd_frozen=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=3))
 STREAM_RUNS = dict(stream_muon=dict(TTT_MUON=1, TTT_DECAY=0.01), stream_sgd=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1))
@@ -126,7 +135,7 @@ def worker(rank, world, folder, port):
     found["streamed"] = scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)).stream_all()
     for name, extra in (TTT_RUNS | STREAM_RUNS).items():
         s = settings(EVAL_STRIDE=24, EVAL_MODE="streaming" if name in STREAM_RUNS else "sliding", **TTT_ADAPT, **extra)
-        with T.undone(trainer.weights):
+        with undone(trainer.weights):
             scorer, learner = scorer_of(trainer.model, s, tokens), T.Learner(trainer.model, s)
             _, records = T.score_first_ttt(scorer, learner, s)
             found[name] = dict(records=records, after=scorer.score_all(7), weights=snapshot(trainer.weights))
@@ -134,7 +143,7 @@ def worker(rank, world, folder, port):
     found["changed"] = []
     for stream in (torch.as_tensor(tokens), changed(tokens, CHANGED)):
         s = settings(EVAL_MODE="streaming", **TTT_ADAPT)
-        with T.undone(trainer.weights):
+        with undone(trainer.weights):
             scorer = scorer_of(trainer.model, s, stream, PerTarget)
             T.score_first_ttt(scorer, T.Learner(trainer.model, s), s)
             found["changed"].append(scorer.nll)

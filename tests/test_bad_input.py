@@ -116,6 +116,20 @@ def test_a_bad_id_further_on_names_its_span(folder):
     assert "span 11: " in message and "token id 512 " in message
 
 
+@pytest.mark.parametrize("change, said", [
+    (lambda path: os.utime(path, (0, 0)), "was changed during the run"),
+    (Path.unlink, "No such file")], ids=["changed", "gone"])
+def test_a_shard_that_changes_under_the_run_is_named(folder, monkeypatch, change, said):
+    def change_once(*args):
+        if os.path.exists(folder / TRAIN) and os.stat(folder / TRAIN).st_mtime:
+            change(folder / TRAIN)
+        return 1.0
+
+    monkeypatch.setattr(T, "lr_multiplier", change_once)  # which the first step asks for
+    message = message_of(tiny.run(folder))
+    assert TRAIN.name in message and said in message and not (folder / ARTIFACT).exists()
+
+
 @pytest.mark.parametrize("settings, parts", [
     (dict(NUM_LAYER=3), ["NUM_LAYER ", "NUM_LAYERS"]), (dict(TTT_LRR=3), ["TTT_LRR ", "the nearest is TTT_LR"]),
     (dict(NUM_LAYERS="two"), ["NUM_LAYERS='two'", "integer"]), (dict(BETA1=2), ["BETA1='2'", "0.999999"]),
@@ -156,15 +170,18 @@ def test_weights_that_the_last_step_ruined_are_not_exported(folder):
     assert "no held-out loss is finite" in error_of(folder, steps=1, ITERATIONS=1, MATRIX_LR=1e30)
 
 
-def test_a_run_that_fails_leaves_nothing_but_its_log(folder):
-    error_of(folder, steps=1, MATRIX_LR=1e30)
-    assert [path.name for path in (folder / "logs").iterdir()] == ["tiny.txt"]
+def test_a_run_that_fails_leaves_nothing_but_its_log_and_its_events(folder):
+    message = error_of(folder, steps=1, MATRIX_LR=1e30)
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["tiny.jsonl", "tiny.txt"]
+    last = json.loads((folder / "logs/tiny.jsonl").read_text().splitlines()[-1])
+    assert last == dict(event="error", time=last["time"], message=message)
 
 
-def test_scoring_an_artifact_again_leaves_nothing_but_its_log(scored):
+def test_scoring_an_artifact_again_leaves_nothing_but_its_log_and_its_events(scored):
     before = {path.relative_to(scored) for path in scored.rglob("*")}
     assert tiny.run(scored, **EVAL_ONLY).status == 0
-    assert {path.relative_to(scored) for path in scored.rglob("*")} - before == {Path("logs/again.txt")}
+    left = {Path("logs/again.txt"), Path("logs/again.jsonl")}
+    assert {path.relative_to(scored) for path in scored.rglob("*")} - before == left
 
 
 def test_a_run_that_fails_leaves_the_artifact_of_the_one_before(scored):

@@ -291,7 +291,7 @@ def test_the_bring_up_on_a_gpu_runs_on_a_cpu_too(checks, tmp_path):
     result = checks("1", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "out/dry_bringup.txt").read_text()
-    assert log.startswith("settings: ") and "tokens: 3001 for validation" in log
+    assert log.startswith("settings: ") and " validation_tokens:3001 " in log
     assert log.splitlines()[-1].startswith("legal_ttt_exact val_loss:")
 
 

@@ -104,6 +104,13 @@ def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, w
             assert torch.equal(spans[:, m].long(), eight[:, m * world_size + rank])
 
 
+def test_batches_may_begin_at_any_step():
+    shards = np.split(np.arange(101, dtype=np.uint16), [40, 77])
+    for first in (1, 4):
+        with closing(T.batches(shards, 5, 1000)) as all_spans, closing(T.batches(shards, 5, 1000, first)) as later:
+            assert torch.equal(torch.stack(list(islice(all_spans, first, 6))), torch.stack(list(islice(later, 6 - first))))
+
+
 def test_a_bad_id_stops_the_rank_and_the_step_that_read_it(monkeypatch):
     tokens = np.arange(2000, dtype=np.uint16) % 100
     tokens[6 * 43 + 2] = 100  # span 43 is the fourth of step 5: rank 1's of 2, rank 3's of 4
@@ -174,7 +181,7 @@ def bytes_of(tokenizer, documents):
 @pytest.mark.parametrize("options, documents", [
     (dict(), KNOWN + FOREIGN), (dict(model_type="unigram"), KNOWN + FOREIGN), (FINEWEB, KNOWN),
     (FINEWEB | dict(model_type="unigram"), KNOWN),
-    (dict(user_defined_symbols=["\n", "<url>"]), KNOWN + FOREIGN + ["a <url> b<url>"]),
+    (dict(user_defined_symbols=("\n", "<url>")), KNOWN + FOREIGN + ["a <url> b<url>"]),
     (dict(split_by_whitespace=False, allow_whitespace_only_pieces=True), KNOWN + FOREIGN),
 ], ids=["bpe", "unigram", "fineweb", "fineweb-unigram", "user-defined", "across-words"])
 def test_bytes_add_up_to_the_decoded_text(tmp_path, options, documents):

@@ -1,15 +1,14 @@
 """tools/demo_data.py: a data set from the text that Python carries."""
 import os
-import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import demo_data
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+from forked import Process
 from train_gpt import RunError, byte_tables, open_shard
 
 
@@ -22,8 +21,10 @@ def texts():
 def demo(tmp_path_factory):
     """Folder and output of `python tools/demo_data.py`."""
     folder = tmp_path_factory.mktemp("demo") / "data" / "demo"
-    command = [sys.executable, demo_data.__file__, "--out", str(folder)]
-    return folder, subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    process = Process([demo_data.__file__, "--out", folder], folder.parents[1], dict(os.environ))
+    out, err = process.communicate(120)
+    assert process.returncode == 0, err
+    return folder, out
 
 
 @pytest.fixture(scope="session")

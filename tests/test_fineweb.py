@@ -4,7 +4,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,11 +12,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
+from forked import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "fineweb.py"
 sys.path.insert(0, str(ROOT))
-from tools.fineweb import RunError, choose_shards, choose_tokenizer  # noqa: E402
+from tools.fineweb import RunError, choose_shards, choose_tokenizer, main  # noqa: E402
 
 REPO, COMMIT = "willdepueoai/parameter-golf", "0123456789abcdef0123456789abcdef01234567"
 FOLDER = "datasets/fineweb10B_sp1024"
@@ -132,12 +132,11 @@ def hub():
         server.shutdown()
 
 
-def start(endpoint: str, folder: Path, *options: str) -> subprocess.Popen:
+def start(endpoint: str, folder: Path, *options: str) -> Process:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    return subprocess.Popen([sys.executable, str(TOOL), *options], cwd=folder, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return Process([TOOL, *options], folder, env)
 
 
 def fetch(hub: Hub, folder: Path, *options: str) -> str:
@@ -231,10 +230,12 @@ def test_an_unreachable_hub_is_one_line_that_names_it(tmp_path):
     assert endpoint in error and "running again resumes" in error
 
 
-def test_a_missing_huggingface_hub_is_one_line_that_says_how_to_get_it():
-    code = "import sys; sys.modules['huggingface_hub'] = None; sys.argv = ['']; import tools.fineweb as f; f.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "pip install huggingface_hub" in done.stderr
+def test_a_missing_huggingface_hub_is_one_line_that_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setattr(sys, "argv", ["fineweb.py"])
+    with pytest.raises(SystemExit, match="^error: .*; pip install huggingface_hub$") as stop:
+        main()
+    assert "\n" not in stop.value.code
 
 
 def test_a_variant_without_validation_shards_is_refused():

@@ -3,15 +3,15 @@ import argparse
 import io
 import json
 import lzma
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import make_shards
 import numpy as np
 import pytest
 import sentencepiece
+from forked import Process
 from train_gpt import RunError, open_shard
 
 TOOL = Path(make_shards.__file__)
@@ -131,12 +131,13 @@ def test_text_and_jsonl_are_read_in_order_compressed_or_not(folder, tokenizer, c
 
 
 def test_the_command_line_ends_with_0_or_with_one_line_and_1(folder):
-    command = [sys.executable, str(TOOL), "--tokenizer", "tokenizer.model", "--out", "out", "--val", "val.txt", "--train"]
-    good = subprocess.run([*command, "train.jsonl"], capture_output=True, text=True)
-    assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.splitlines()[-1] == str(Path("out/fineweb_train_000000.bin"))
-    bad = subprocess.run([*command, "missing.jsonl"], capture_output=True, text=True)
-    assert (bad.returncode, bad.stderr) == (1, "error: missing.jsonl: no such file\n")
+    command = [TOOL, "--tokenizer", "tokenizer.model", "--out", "out", "--val", "val.txt", "--train"]
+    good, bad = (Process([*command, name], folder, dict(os.environ)) for name in ("train.jsonl", "missing.jsonl"))
+    out, err = good.communicate(60)
+    assert (good.returncode, err) == (0, "")
+    assert out.splitlines()[-1] == str(Path("out/fineweb_train_000000.bin"))
+    out, err = bad.communicate(60)
+    assert (bad.returncode, err) == (1, "error: missing.jsonl: no such file\n")
 
 
 @pytest.mark.parametrize("name, data, message", [

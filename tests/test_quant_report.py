@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import train_gpt as T
+from forked import Process
 from helpers import byte_tables, made_up_tokens, random_model, settings
 from keep_weights import kept_at
 
@@ -61,16 +62,19 @@ def test_loss_and_divergence_are_those_of_all_tokens(model, meter):
     assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum().item() / 640, rel=1e-3) and found["kl"] > 1e-3
 
 
+@pytest.mark.parametrize("knob", [1.0, 1.3])
 @pytest.mark.parametrize("i", [0, 1])
-def test_at_knob_1_rounding_to_the_nearest_stores_the_records_integers(model, methods, i):
-    stored, weights = methods[i].store(1.0), model.quantized()
+def test_rounding_to_the_nearest_stores_the_records_integers_or_wider_int6_steps(model, methods, i, knob):
+    stored, weights = methods[i].store(knob), model.quantized()
     assert {"qo_bank", "down_bank", "tok_emb", "ve_table"} <= weights.keys()
     for name, w in weights.items():
-        quantiles, limit = (T.CLIP_QUANTILES, 31) if name in model.BANKS else ([0.9999984], 127)
+        quantiles, limit, wider = (T.CLIP_QUANTILES, 31, knob) if name in model.BANKS else ([0.9999984], 127, 1)
+        assert stored[name].dtype == torch.int16 and (knob > 1 or stored[name].abs().max() == limit)
         for j, matrix in enumerate(w.detach().view(-1, *w.shape[-2:])):
-            step = T.clip_steps(matrix, quantiles, limit)
-            expected = (matrix / step).round().clamp(-limit, limit)
+            step = (wider * T.clip_steps(matrix, quantiles, limit)).half()
+            expected = (matrix / step.float()).round().clamp(-limit, limit)
             assert torch.equal(stored[name].view(-1, *w.shape[-2:])[j].float(), expected)
+            assert torch.equal(stored[name + ".scale"].view(-1, w.size(-2), 1)[j], step)
 
 
 def test_finer_steps_than_the_records_clip_where_it_clips_and_its_tables_keep_theirs(model, methods):
@@ -87,8 +91,8 @@ def test_finer_steps_than_the_records_clip_where_it_clips_and_its_tables_keep_th
 
 def test_gptq_is_what_the_exporter_stores(model, methods):
     method = methods[2]
-    assert T.parse_settings({}, vars(method.s)).quantizer == "gptq"
-    expected = T.quantize(method.s, model.state_dict(), T.scaled(method.s, method.base, 2.0), method.factors)
+    expected = T.quantize(model.state_dict(), T.scaled(method.base, 2.0), method.factors)
+    assert method.name == "gptq+ans" and method.factors.keys() == {"qkv", "o", "up", "down"}
     assert all(torch.equal(t, expected[name]) for name, t in method.store(2.0).items())
 
 
@@ -209,6 +213,7 @@ def test_the_matrices_of_a_checkpoint_are_those_of_the_artifact_made_of_it(progr
 
 def test_only_a_drawing_needs_matplotlib(program, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(Q, "TRIES", 1)
     assert program("made.pt", "--knobs", "2", "--tokens", "64")[0] is None
     assert "needs matplotlib" in program("made.pt", "--png", "curve.png")[0]
 
@@ -220,11 +225,12 @@ def test_the_curves_are_drawn(program, folder):
 
 
 def test_settings_in_the_environment_say_how_the_matrices_are_rounded(program):
-    gptq, rtn = (program("made.pt", "--knobs", "2", "--tokens", "64", QUANTIZER=name)[2] for name in ("gptq", "rtn"))
-    assert gptq["matrices"] != rtn["matrices"]
-    for a, b in zip(gptq["points"], rtn["points"]):
+    fine, coarse = (program("made.pt", "--knobs", "2", "--tokens", "64", MATRIX_STEP=step)[2] for step in (1, 2))
+    for a, b in zip(fine["matrices"][:-1], coarse["matrices"]):
+        assert b["bits"] == a["bits"] == 0 or b["step"] == pytest.approx(2 * a["step"], rel=0.1) and b["bits"] < a["bits"]
+    for a, b in zip(fine["points"], coarse["points"]):
         assert a["method"] == b["method"] and a["bytes"] == pytest.approx(b["bytes"], rel=0.002)
-    assert gptq["points"][0]["kl"] == rtn["points"][0]["kl"]
+    assert fine["points"][0]["kl"] == coarse["points"][0]["kl"]
 
 
 BAD = {
@@ -274,5 +280,5 @@ def test_input_that(case, program, bad_files):
 
 
 def test_the_exit_status_of_an_error_is_1(tmp_path):
-    result, = tiny.finish([tiny.start([sys.executable, Q.__file__, "nothing.pt"], tmp_path)], 60)
+    result, = tiny.finish([Process([Q.__file__, "nothing.pt"], tmp_path, tiny.environment({}))], 60)
     assert result.status == 1 and result.out == "" and result.err.startswith("error: ") and result.err.count("\n") == 1

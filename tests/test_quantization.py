@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import train_gpt as T
 from helpers import made_up_tokens, random_batch, random_model, settings
+from quant_report import record_quantize, record_steps
 
 SETTINGS = dict(TRAIN_SEQ_LEN=16)
 
@@ -53,19 +54,6 @@ def test_the_first_of_equal_clip_quantiles_wins():
     matrix = torch.tensor([[0, 31, 31 * (1 + 2 ** -10)]])  # either clip moves one entry by 31 / 1024
     for quantiles, step in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2 ** -10)):
         assert T.clip_steps(matrix, quantiles, 31).item() == step
-
-
-def test_rtn_is_the_records_quantizer(model):
-    s = settings(QUANTIZER="rtn")
-    steps = T.scaled(s, T.base_steps(s, model, {}), 1.0)
-    stored = T.quantize(s, model.state_dict(), steps)
-    for name, w in model.quantized().items():
-        limit = 31 if name in model.BANKS else 127
-        matrices, quantiles = w.view(-1, *w.shape[-2:]), T.CLIP_QUANTILES if limit == 31 else [0.9999984]
-        expected = torch.stack([T.clip_steps(m, quantiles, limit) for m in matrices]).view(*w.shape[:-1], 1)
-        assert torch.equal(steps[name], expected) and torch.equal(stored[name + ".scale"], expected.half())
-        assert stored[name].abs().max() == limit and stored[name].dtype == torch.int16
-        assert ((stored[name] * steps[name] - w).abs() <= 0.501 * steps[name])[stored[name].abs() < limit].all()
 
 
 # Calibration
@@ -119,8 +107,8 @@ def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_info
 # Steps
 
 def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibrated):
-    s, (_, fisher) = settings(), calibrated
-    record, steps = T.base_steps(settings(QUANTIZER="rtn"), model, fisher), T.base_steps(s, model, fisher)
+    _, fisher = calibrated
+    record, steps = record_steps(model), T.base_steps(model, fisher)
     octaves = [sum(found[name].log2().mean().item() * getattr(model, name).numel() for name in model.BANKS)
                for found in (record, steps)]
     assert octaves[0] == pytest.approx(octaves[1], rel=1e-5)
@@ -134,10 +122,9 @@ def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibra
 
 
 def test_a_knob_moves_all_steps_by_eighths_of_octaves(model, calibrated):
-    s = settings()
-    base = T.base_steps(s, model, calibrated[1])
+    base = T.base_steps(model, calibrated[1])
     for knob in (0.3, 1.0, 3.3):
-        for name, step in T.scaled(s, base, knob).items():
+        for name, step in T.scaled(base, knob).items():
             assert torch.equal(step, step.half().float())
             eighths = 8 * step.log2()
             assert (eighths - eighths.round()).abs().max() < 0.02 and ((step / base[name] / knob).log2().abs() < 0.07).all()
@@ -146,12 +133,12 @@ def test_a_knob_moves_all_steps_by_eighths_of_octaves(model, calibrated):
 def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
     model = T.GPT(settings())  # every bank is zero
     fisher = {name: torch.zeros_like(w[..., :1]) for name, w in model.quantized().items()}
-    for quantizer in ("gptq", "rtn"):
-        s = settings(QUANTIZER=quantizer)
-        steps = T.scaled(s, T.base_steps(s, model, fisher), 1.0)
-        factors = {name: T.factor(torch.zeros(len(m), m.size(-1), m.size(-1)))
-                   for name, m in zip(("qkv", "o", "up", "down"), model.matrices())}
-        weights = T.dequantize(T.quantize(s, model.state_dict(), steps, factors if quantizer == "gptq" else {}))
+    steps = T.scaled(T.base_steps(model, fisher), 1.0)
+    factors = {name: T.factor(torch.zeros(len(m), m.size(-1), m.size(-1)))
+               for name, m in zip(("qkv", "o", "up", "down"), model.matrices())}
+    by_gptq = T.quantize(model.state_dict(), steps, factors)
+    for stored in (by_gptq, record_quantize(model.state_dict(), record_steps(model), 1.0)):
+        weights = T.dequantize(stored)
         assert all(w.isfinite().all() for w in weights.values())
         assert not any(weights[name].any() for name in model.BANKS)
 
@@ -159,7 +146,7 @@ def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
 def test_no_row_is_so_fine_that_its_integers_run_out(model, calibrated):
     """Where the loss feels one matrix alone, as in the first step, when the others multiply zeros."""
     fisher = {name: f * (1e-12 if name != "up_bank" else 1) for name, f in calibrated[1].items()}
-    steps = T.scaled(settings(), T.base_steps(settings(), model, fisher), 0.25)
+    steps = T.scaled(T.base_steps(model, fisher), 0.25)
     for name, w in model.quantized().items():
         assert (w / steps[name]).abs().max() <= T.MOST
 
@@ -187,7 +174,7 @@ def correlated_inputs(columns, seed=0):
 
 
 def test_gptq_is_the_plain_algorithm():
-    bank = torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(1))  # more columns than a block has
+    bank = torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(1))
     moments = torch.stack([correlated_inputs(200, seed) for seed in range(2)])
     step = torch.full((2, 6, 1), 0.3)
     q = T.gptq(bank, step, *T.factor(moments.clone()))
@@ -207,11 +194,10 @@ def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_no
 # Late QAT
 
 def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_straight_through(model, calibrated):
-    s = settings()
-    steps = T.scaled(s, T.base_steps(s, model, calibrated[1]), 2.0)
+    steps = T.scaled(T.base_steps(model, calibrated[1]), 2.0)
     batch, weights = random_batch(), model.state_dict()
-    other = random_model(s)
-    other.load_state_dict(weights | {name: w for name, w in T.dequantize(T.quantize(s, weights, steps)).items()
+    other = random_model(model.s)
+    other.load_state_dict(weights | {name: w for name, w in T.dequantize(T.quantize(weights, steps)).items()
                                      if name in model.BANKS})
     grads = []
     for m, matrices in ((model, model.matrices(steps)), (other, other.matrices())):
@@ -228,11 +214,10 @@ def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_st
 
 # Size
 
-@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
-def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens, quantizer):
-    s, model = settings(QUANTIZER=quantizer, MATRIX_STEP=0.5), random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))
-    base, weights = T.base_steps(s, model, T.calibrate(model, tokens, 16)[1]), model.state_dict()
-    size = lambda knob: T.estimate_bytes(T.quantize(s, weights, T.scaled(s, base, knob)))
+def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens):
+    s, model = settings(MATRIX_STEP=0.5), random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))
+    base, weights = T.base_steps(model, T.calibrate(model, tokens, 16)[1]), model.state_dict()
+    size = lambda knob: T.estimate_bytes(T.quantize(weights, T.scaled(base, knob)))
     assert T.fit_knob(s, model, size, size(0.5), 0.5) == 0.5 == T.fit_knob(s, model, size, 10**9, 7.0)
     for part in (0.95, 0.8):
         limit = part * size(0.5)

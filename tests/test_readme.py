@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import readme
 from runlog import parse_log
-from test_submission import PRINTED, make_log
+from test_runlog import PRINTED, make_log
 from readme import GROUPS
-from train_gpt import FIELDS, allowed, help_text
+from train_gpt import FIELDS, allowed, show
 
 ROOT = Path(readme.__file__).resolve().parents[1]
 TEMPLATE = """# Title
@@ -92,7 +92,7 @@ def test_the_settings_part_has_a_row_for_each_setting_in_order():
     assert text.count("**") == 2 * len(GROUPS) == 2 * text.count("| setting")
     for name, default, range_, meaning in rows:
         f, name = FIELDS[name.strip("`")], name.strip("`")
-        assert f"{name}={'' if default == 'empty' else default.strip('`')} " in help_text()
+        assert default == (f"`{show(f.default)}`" if show(f.default) else "empty")
         assert (range_, meaning.replace("`", "")) == (allowed(f), f.help)
 
 
@@ -202,6 +202,13 @@ def test_figures_are_read_from_the_folder(folder):
         assert fails() == "error: b.jsonl, line 2: no figures of tools/bench.py; measure again"
 
 
+def test_events_of_runs_are_no_figures(folder):
+    Path("a.jsonl").write_text(json.dumps(result("train")) + "\n")
+    expected = part(run(), "speed")
+    Path("run.jsonl").write_text(json.dumps(dict(event="settings", time=0.1, settings={})) + '\n{"event": "cut')
+    assert part(run(), "speed") == expected
+
+
 def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     text = run()
     emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
@@ -236,7 +243,7 @@ def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
 
 def test_a_demo_that_did_not_finish_is_refused(folder):
     Path("demo.txt").write_text(make_log(PRINTED[:PRINTED.index("legal_ttt eval_time")]))
-    assert fails().startswith("error: demo.txt: has no 'legal_ttt eval_time' line, so the run did not finish")
+    assert fails().startswith("error: demo.txt: has no score of legal_ttt, so the run did not finish")
     Path("demo.txt").unlink()
     assert fails() == "error: demo.txt: cannot be read (No such file or directory)"
 

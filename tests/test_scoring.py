@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt as T
-from helpers import byte_tables, made_up_tokens, random_batch, random_model, scorer_of, settings, snapshot
+from helpers import byte_tables, made_up_tokens, random_batch, random_model, scorer_of, settings, snapshot, undone
 
 
 class PerTarget(T.Scorer):
@@ -108,16 +108,19 @@ def test_batches_have_one_shape():
     assert shapes == {(4, 32)}
 
 
-@pytest.mark.parametrize("i", [0, 1, 5, 31, 32, 33, 77, 99, 100])
-def test_a_later_token_changes_no_score(i):
-    s, tokens, nll = settings(), made_up_tokens(101), []
-    for stream in (tokens, changed(tokens, i)):
+def test_a_later_token_changes_no_score():
+    s, tokens = settings(), made_up_tokens(101)
+
+    def nll_of(stream):
         scorer = scorer_of(random_model(s), s, stream, PerTarget)
         scorer.score_all(5)
-        nll.append(scorer.nll)
-    before = max(i - 1, 0)  # target i - 1 is token i
-    assert torch.equal(nll[0][:before], nll[1][:before])
-    assert (nll[0][before:] != nll[1][before:]).any()
+        return scorer.nll
+
+    one = nll_of(tokens)
+    for i in (0, 1, 5, 31, 32, 33, 77, 99, 100):
+        other, before = nll_of(changed(tokens, i)), max(i - 1, 0)  # target i - 1 is token i
+        assert torch.equal(one[:before], other[:before]), i
+        assert (one[before:] != other[before:]).any(), i
 
 
 # Chunks
@@ -209,17 +212,20 @@ def chunk_tokens(sequences, seed=0):
 
 
 @pytest.mark.parametrize("muon", [0, 1])
-@pytest.mark.parametrize("i", [1, 20, 47, 48, 49, 97, 150])
-def test_ttt_scores_no_target_with_knowledge_of_a_later_token(i, muon):
-    tokens, nll = made_up_tokens(151), []
-    for stream in (tokens, changed(tokens, i)):
+def test_ttt_scores_no_target_with_knowledge_of_a_later_token(muon):
+    def nll_of(stream):
         learner = learner_of(TTT_MUON=muon, TTT_LR=0.01)
         scorer = scorer_of(learner.model, learner.s, stream, PerTarget)
         T.score_first_ttt(scorer, learner, learner.s)
-        nll.append(scorer.nll)
-    assert not nll[0].isnan().any()
-    assert torch.equal(nll[0][:i - 1], nll[1][:i - 1])
-    assert (nll[0][i - 1:] != nll[1][i - 1:]).any()
+        return scorer.nll
+
+    tokens = made_up_tokens(151)
+    one = nll_of(tokens)
+    assert not one.isnan().any()
+    for i in (1, 20, 47, 48, 49, 97, 150):
+        other = nll_of(changed(tokens, i))
+        assert torch.equal(one[:i - 1], other[:i - 1]), i
+        assert (one[i - 1:] != other[i - 1:]).any(), i
 
 
 def test_learning_helps():
@@ -303,7 +309,7 @@ def test_rehearsing_on_made_up_tokens_leaves_no_trace(muon):
         model = random_model(s)
         start, weights = snapshot(model.parameters()), list(model.parameters())
         if rehearsed:
-            with T.undone(weights):
+            with undone(weights):
                 scorer_of(model, s, tokens[::-1].copy()).score_all(s.eval_seq_len)
                 T.Learner(model, s).learn(torch.as_tensor(tokens[::-1].copy()), epochs=1, lr=0.01)
                 assert not same(weights, start)

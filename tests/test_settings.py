@@ -1,5 +1,6 @@
 """Settings: the record's defaults, and one clear line for every value, name or combination that cannot be meant."""
 import re
+from ast import literal_eval
 
 import pytest
 import tiny
@@ -9,15 +10,15 @@ RECORD = dict(
     DATA_PATH="./data/datasets/fineweb10B_sp1024", TOKENIZER_PATH="./data/tokenizers/fineweb_1024_bpe.model", VOCAB_SIZE=1024,
     SEED=1337, ITERATIONS=20000, MAX_WALLCLOCK_SECONDS=600.0, WARMUP_STEPS=20, WARMDOWN_ITERS=3500, TRAIN_BATCH_TOKENS=786432,
     TRAIN_SEQ_LEN=2048, TRAIN_LOG_EVERY=500, VAL_LOSS_EVERY=4000, VAL_BATCH_SIZE=524288,
-    NUM_LAYERS=11, MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, MLP_MULT=3.0, TIE_EMBEDDINGS=True, ROPE_BASE=10000.0,
-    ROPE_DIMS=16, LOGIT_SOFTCAP=30.0, QK_GAIN_INIT=1.5, LN_SCALE=True, XSA_LAST_N=4, BIGRAM_VOCAB_SIZE=1536, BIGRAM_DIM=128,
-    VE_ENABLED=True, VE_DIM=128, VE_LAYERS=(9, 10), TIED_EMBED_INIT_STD=0.005,
+    NUM_LAYERS=11, MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, MLP_MULT=3.0, TIE_EMBEDDINGS=1, ROPE_BASE=10000.0,
+    ROPE_DIMS=16, LOGIT_SOFTCAP=30.0, QK_GAIN_INIT=1.5, LN_SCALE=1, XSA_LAST_N=4, BIGRAM_VOCAB_SIZE=1536, BIGRAM_DIM=128,
+    VE_ENABLED=1, VE_DIM=128, VE_LAYERS=(9, 10), TIED_EMBED_INIT_STD=0.005,
     MATRIX_LR=0.025, SCALAR_LR=0.025, TIED_EMBED_LR=0.035, EMBED_LR=0.6, HEAD_LR=0.008, MUON_MOMENTUM=0.99,
     MUON_MOMENTUM_WARMUP_START=0.92, MUON_MOMENTUM_WARMUP_STEPS=1500, MUON_BACKEND_STEPS=5, MUON_WD=0.04, ADAM_WD=0.04,
     BETA1=0.9, BETA2=0.95, ADAM_EPS=1e-8, GRAD_CLIP_NORM=0.3,
-    EMA_ENABLED=True, EMA_DECAY=0.997, SWA_ENABLED=True, SWA_EVERY=50, LATE_QAT=True, LATE_QAT_THRESHOLD=0.15,
+    EMA_ENABLED=1, EMA_DECAY=0.997, SWA_ENABLED=1, SWA_EVERY=50, LATE_QAT=1, LATE_QAT_THRESHOLD=0.15,
     EVAL_SEQ_LEN=2048, EVAL_STRIDE=64,
-    TTT_ENABLED=True, TTT_MUON=True, TTT_NS_STEPS=3, TTT_ENTROPY_ADAPT=True, TTT_ENTROPY_HIGH=2.1, TTT_ENTROPY_LOW=1.75,
+    TTT_ENABLED=1, TTT_MUON=1, TTT_NS_STEPS=3, TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=2.1, TTT_ENTROPY_LOW=1.75,
     TTT_LR=0.002, TTT_EPOCHS=3, TTT_CHUNK_TOKENS=32768, TTT_BATCH_SEQS=32, TTT_FREEZE_BLOCKS=0, TTT_MOMENTUM=0.9,
     TTT_GRAD_CLIP=1.0, EVAL_TIME_SOFT_CAP_SECONDS=570.0)
 
@@ -43,14 +44,15 @@ def test_the_defaults_are_the_records():
 
 def test_every_setting_is_read_from_the_environment():
     changed = dict(
-        DATA_PATH="d", TOKENIZER_PATH="t", RUN_ID="r", ARTIFACT_PATH="a", QUANTIZER="rtn", RECIPE="best", EVAL_MODE="streaming", TTT_CHUNK_TOKENS=64, VE_LAYERS=(0, 2), MLP_MULT=2.5,
-        MODEL_DIM=96, NUM_HEADS=6, NUM_KV_HEADS=3, ROPE_DIMS=8, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=1024, ROPE_BASE=1e6)
+        DATA_PATH="d", TOKENIZER_PATH="t", RUN_ID="r", ARTIFACT_PATH="a", RESUME="c", RECIPE="best", EVAL_MODE="streaming",
+        TTT_CHUNK_TOKENS=64, VE_LAYERS=(0, 2), MLP_MULT=2.5, MODEL_DIM=96, NUM_HEADS=6, NUM_KV_HEADS=3, ROPE_DIMS=8,
+        TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=1024, ROPE_BASE=1e6)
     for name, value in values({}).items():
-        opposite = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2}
         if name not in changed:
-            changed[name] = opposite[type(value)](value)
-    text = {name: ",".join(map(str, value)) if isinstance(value, tuple) else
-            str(int(value)) if isinstance(value, bool) else str(value) for name, value in changed.items()}
+            switch = T.FIELDS[name][1:3] == (0, 1) and isinstance(value, int)
+            changed[name] = 1 - value if switch else value + 1 if isinstance(value, int) else value / 2 or 0.5
+        assert changed[name] != value
+    text = {name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in changed.items()}
     assert values(text) == changed
 
 
@@ -69,7 +71,7 @@ def test_what_does_not_parse_is_named_with_its_value(text):
     ("VOCAB_SIZE", "65537", "integer", [2, 65536]), ("EVAL_STRIDE", "0", "integer", [1]), ("TTT_EPOCHS", "0", "integer", [1]),
     ("MATRIX_LR", "-0.1", "number", [0]), ("MATRIX_LR", "inf", "number", [0]), ("TTT_LR", "1e999", "number", [0]),
     ("MUON_MOMENTUM", "1.01", "number", [0, 1]), ("BETA2", "1", "number", [0, 0.999999]), ("MLP_MULT", "0", "number", [0.5]),
-    ("LOGIT_SOFTCAP", "0", "number", [0.001]), ("TTT_MUON", "2", "0 or 1", [0, 1]), ("EVAL_ONLY", "true", "0 or 1", [0, 1]),
+    ("LOGIT_SOFTCAP", "0", "number", [0.001]), ("TTT_MUON", "2", "integer", [0, 1]), ("EVAL_ONLY", "true", "integer", [0, 1]),
     ("VE_LAYERS", "9 10", "comma", []), ("VE_LAYERS", "1.5", "comma", []),
 ])
 def test_what_is_allowed_is_said(name, text, kind, limits):
@@ -117,14 +119,14 @@ def test_variables_of_other_programs_are_no_settings():
     (dict(TRAIN_BATCH_TOKENS=786433), "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN"),
     (dict(TRAIN_BATCH_TOKENS=8192), "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN"),
     (dict(EVAL_STRIDE=2049), "EVAL_STRIDE EVAL_SEQ_LEN"), (dict(TTT_CHUNK_TOKENS=1024), "TTT_CHUNK_TOKENS TRAIN_SEQ_LEN"),
-    (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS NUM_LAYERS"), (dict(QUANTIZER="best"), "QUANTIZER"),
+    (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS NUM_LAYERS"), (dict(RECIPE="rtn"), "RECIPE"),
     (dict(EVAL_ONLY=1), "EVAL_ONLY ARTIFACT_PATH"), (dict(RUN_ID="runs/1"), "RUN_ID"),
+    (dict(RESUME="auto"), "RUN_ID RESUME"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
 def test_contradicting_settings_are_named_with_their_values(environ, named):
     message, everything = error_of(**environ), values({}) | environ
     for name in named.split():
-        value = everything[name]
-        assert f"{name}={int(value) if isinstance(value, bool) else value}" in message
+        assert f"{name}={everything[name]}" in message
 
 
 @pytest.mark.parametrize("environ, name, value", [
@@ -142,10 +144,14 @@ def test_limits_are_allowed(environ, name, value):
 def test_help_prints_every_setting_with_its_default(tmp_path):
     result = tiny.run_process(tmp_path, "--help", NUM_LAYER=3, ITERATIONS="many")  # even then
     assert (result.status, result.err) == (0, "")
-    lines = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*)$", result.out, re.M))
-    assert set(lines) == set(T.FIELDS) and list(tmp_path.iterdir()) == []
-    assert all(re.fullmatch(r"\S* +\S+ .*\(.+\)", line) for line in lines.values())
-    assert values({name: line.split(" ")[0] for name, line in lines.items()}) == values({})
+    assert "torchrun --standalone --nproc_per_node=8 train_gpt.py" in result.out and list(tmp_path.iterdir()) == []
+    lines = dict(re.findall(r"^([A-Z0-9_]+)=(\S+ .*\S)$", result.out, re.M))
+    assert list(lines) == list(T.FIELDS)
+    for name, line in lines.items():
+        default, limits, text = re.fullmatch(r"(\S+) (?:(\S+\.\.\S*) )?(.+)", line).groups(default="")
+        low, _, high = limits.partition("..")
+        assert T.Setting(literal_eval(default), float(low or 0), float(high or 1e300), text) == T.FIELDS[name]
+        assert values({name: T.show(literal_eval(default))}) == values({})
 
 
 @pytest.mark.parametrize("argument", ["--iterations=3", "-h", "NUM_LAYERS=3", "x"])

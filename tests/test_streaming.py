@@ -1,6 +1,6 @@
 """One pass over the text: each position is computed once, sees the last ones, and is learnt from after it was scored."""
 import math
-from itertools import product
+from itertools import islice, product
 
 import pytest
 import torch
@@ -112,15 +112,6 @@ def test_the_rotary_base_is_that_of_the_window():
     torch.testing.assert_close(scorer.nll[-1:], nll[-1:], rtol=0, atol=1e-3)
 
 
-def test_flex_attention_sees_the_same(monkeypatch):
-    """The mask that a GPU's kernel is given, with the kernel's plain form."""
-    make = T.create_block_mask
-    monkeypatch.setattr(T, "create_block_mask", lambda *args: make(*args[:-1], "cpu"))
-    q, k, v = torch.randn(2, 16, 8, 16), torch.randn(2, 48, 4, 16), torch.randn(2, 48, 4, 16)
-    on_gpu, on_cpu = (T.torch_attention(q, k, v, T.band_of(32, 16, torch.device(name))) for name in ("cuda", "cpu"))
-    torch.testing.assert_close(on_gpu, on_cpu)
-
-
 # Learning
 
 def stream_ttt(tokens, model_seed=0, **extra):
@@ -148,13 +139,27 @@ def test_without_a_step_ttt_scores_as_one_stream():
 
 
 @pytest.mark.parametrize("muon", [0, 1])
-@pytest.mark.parametrize("i", [1, 23, 24, 25, 39, 40, 41, 100, 150])
-def test_ttt_scores_no_target_with_knowledge_of_a_later_token(i, muon):
-    extra = dict(TTT_MUON=muon, TTT_EPOCHS=2, TTT_DECAY=0.01)
-    one, other = (stream_ttt(stream, **extra)[0].nll for stream in (torch.as_tensor(made_up_tokens(151)),
-                                                                    changed(made_up_tokens(151), i)))
-    assert torch.equal(one[:i - 1], other[:i - 1])
-    assert (one[i - 1:] != other[i - 1:]).any()
+def test_ttt_scores_no_target_with_knowledge_of_a_later_token(muon):
+    def nll_of(stream):
+        return stream_ttt(stream, TTT_MUON=muon, TTT_EPOCHS=2, TTT_DECAY=0.01)[0].nll
+
+    tokens = torch.as_tensor(made_up_tokens(151))
+    one = nll_of(tokens)
+    for i in (1, 23, 24, 25, 39, 40, 41, 100, 150):
+        other = nll_of(changed(tokens, i))
+        assert torch.equal(one[:i - 1], other[:i - 1]), i
+        assert (one[i - 1:] != other[i - 1:]).any(), i
+
+
+@pytest.mark.parametrize("mode", ["windowed", "streamed"])
+def test_chunks_may_begin_where_others_have_ended(mode):
+    s, tokens, chunks = settings(**STREAMING), torch.as_tensor(made_up_tokens(151)), getattr(T, f"{mode}_chunks")
+    scorer = scorer_of(random_model(s), s, tokens)
+    whole = [score for score, _ in chunks(scorer, T.Learner(scorer.model, s), s)]
+    learner = T.Learner(scorer.model, s)
+    parts = [score for score, _ in islice(chunks(scorer, learner, s), 3)]
+    parts += [score for score, _ in chunks(scorer, learner, s, 3)]
+    assert len(whole) > 5 and torch.equal(torch.stack(parts), torch.stack(whole))
 
 
 def test_weights_learn_only_from_scores_that_are_recorded():
@@ -308,9 +313,9 @@ def test_scoring_is_never_skipped_even_if_time_is_short_for_it_alone(slow_ttt):
 
 
 def test_the_clock_is_read_at_some_200_chunks_only():
-    reads, s = [], settings(**STREAMING | dict(EVAL_SEQ_LEN=8, TTT_CHUNK_TOKENS=8, NUM_LAYERS=1, VE_LAYERS="0"))
+    reads, s = [], settings(**STREAMING | dict(EVAL_SEQ_LEN=8, TTT_CHUNK_TOKENS=8, NUM_LAYERS=1, VE_LAYERS="0", TTT_MUON=0))
     model = T.GPT(s).initialize()
-    T.score_first_ttt(scorer_of(model, s, made_up_tokens(601 * 8)), T.Learner(model, s), s, lambda: reads.append(0) or 0.0)
+    T.score_first_ttt(scorer_of(model, s, made_up_tokens(401 * 8)), T.Learner(model, s), s, lambda: reads.append(0) or 0.0)
     assert len(reads) == 1 + 3 * 201
 
 

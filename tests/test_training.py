@@ -1,6 +1,5 @@
 """Training: warm-up, clock, schedules, averages, late QAT, optimizers, switches and initial weights."""
 import math
-from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +62,7 @@ class Clock:
     (10, 0.5, 0, 0, 20), (10, 0.5, 0.25, 0, 18), (10, 0.5, 0.25, 0.5, 16), (10, 0.75, 0.125, 0.25, 12), (0.5, 1, 0, 0, 1)])  # s
 def test_training_average_and_calibration_fit_under_the_cap(folder, monkeypatch, cap, step, holdout, calibration, steps):
     trainer = trainer_of(folder, MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100, WARMUP_STEPS=2, SWA_EVERY=1, VAL_LOSS_EVERY=3,
-                         LATE_QAT=0)
+                         LATE_QAT=0, NUM_LAYERS=1, VE_LAYERS="0")
     clock, starts = Clock(monkeypatch, trainer, step, holdout, calibration), []
 
     def slow_validation():
@@ -128,22 +127,22 @@ def test_ema_and_swa_are_those_of_a_plain_loop():
         ema = decay * ema + (1 - decay) * value
         samples += [value] if step >= 20 and step % 3 == 0 else []
     swa = sum(samples) / len(samples)
-    expected = dict(raw=value, ema=ema, swa=swa)
-    candidates = averages.candidates()
-    assert list(candidates) == list(expected)
+    expected = dict(ema=ema, swa=swa)
+    assert list(averages.averages) == list(expected)
     for name, value in expected.items():
-        assert [w.shape for w in candidates[name]] == [w.shape for w in weights]
-        assert all(w.double().numpy() == pytest.approx(value, abs=1e-6) for w in candidates[name])
+        assert [w.shape for w in averages.averages[name]] == [w.shape for w in weights]
+        assert all(w.double().numpy() == pytest.approx(value, abs=1e-6) for w in averages.averages[name])
 
 
-def test_only_what_is_enabled_is_a_candidate():
-    for extra, names in ((dict(), ["raw", "ema"]), (dict(EMA_ENABLED=0), ["raw"]), (dict(SWA_ENABLED=0), ["raw", "ema"])):
-        averages = T.WeightAverages([torch.zeros(3)], settings(**extra))
-        averages.update(0, 1.0)
-        assert list(averages.candidates()) == names
-    averages = T.WeightAverages([torch.zeros(3)], settings(EMA_ENABLED=0))
-    averages.update(0, 0.1)
-    assert list(averages.candidates()) == ["raw", "swa"]
+@pytest.mark.parametrize("extra, names", [
+    (dict(), ["raw", "ema", "swa"]), (dict(EMA_ENABLED=0), ["raw", "swa"]), (dict(SWA_ENABLED=0), ["raw", "ema"]),
+    (dict(WARMDOWN_ITERS=1), ["raw", "ema"]), (dict(EMA_ENABLED=0, SWA_ENABLED=0), ["raw"])], ids=str)
+def test_only_what_is_enabled_and_has_begun_is_a_candidate(folder, extra, names):
+    trainer = trainer_of(folder, **dict(ITERATIONS=2, WARMDOWN_ITERS=20, SWA_EVERY=1, LATE_QAT=0) | extra)
+    given, last = {}, []
+    trainer.choose = lambda candidates: (given.update(candidates), last.extend(snapshot(trainer.weights)))
+    trainer.run(validate, LIMIT)
+    assert list(given) == names and same(given["raw"], last)
 
 
 def test_the_average_with_the_least_holdout_loss_is_exported(folder):
@@ -303,7 +302,7 @@ def test_every_switch_gives_a_model_that_learns(extra):
     model = T.GPT(s).initialize()
     optimizers, batch = T.Optimizers(model, s), random_batch()
     losses = []
-    for _ in range(21):
+    for _ in range(13):
         loss, _ = backward(model, *batch)
         losses.append(loss.item())
         optimizers.step(1.0, 0.9)

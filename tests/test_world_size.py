@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+import forked  # noqa: F401 (what the server of forks has imported)
 import helpers
 
 WORLDS = (1, 2, 4, 8)
@@ -15,7 +16,9 @@ def spawn(world, folder):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = torch.multiprocessing.spawn(helpers.worker, (world, str(folder), port), nprocs=world, join=False)
+    method = "spawn" if world == 2 else "forkserver"  # two with hashes, and so sets, of their own
+    context = torch.multiprocessing.start_processes(helpers.worker, (world, str(folder), port), nprocs=world, join=False,
+                                                    start_method=method)
     deadline = time.monotonic() + 300
     while not context.join(timeout=1):
         if time.monotonic() > deadline:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -13,6 +14,8 @@ import numpy as np
 import sentencepiece
 import torch
 import train_gpt
+from forked import Process
+from tools.extras import extras
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 VOCAB_SIZE = 512
@@ -29,14 +32,20 @@ def text():
     return SCRIPT.read_text("utf-8") + "Zwölf Boxkämpfer\n\tjagen Viktor  quer über den großen Sylter Deich.\n"
 
 
-def train_tokenizer(path, **options):
-    """Write a SentencePiece model made of text(): FineWeb's ids 0 to 3 and byte pieces, unless options say otherwise."""
+@cache
+def tokenizer_of(**options):
+    """A SentencePiece model made of text(): FineWeb's ids 0 to 3 and byte pieces, unless options say otherwise."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text().splitlines()), model_writer=model, minloglevel=2,
         **dict(vocab_size=VOCAB_SIZE, model_type="bpe", byte_fallback=True, character_coverage=1.0, pad_id=0, bos_id=1,
                eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False) | options)
-    Path(path).write_bytes(model.getvalue())
+    return model.getvalue()
+
+
+def train_tokenizer(path, **options):
+    """Write tokenizer_of(options), which is made once."""
+    Path(path).write_bytes(tokenizer_of(**options))
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
@@ -73,14 +82,17 @@ def run(folder, *arguments, **settings):
     """train_gpt.main() in this process, on one core."""
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     torch.set_num_threads(1)
-    with (patch.dict(os.environ, environment(settings), clear=True), patch.object(train_gpt, "log_file", None),
-          patch.object(sys, "argv", ["train_gpt.py", *arguments]), chdir(folder), redirect_stdout(out), redirect_stderr(err)):
+    with (patch.dict(os.environ, environment(settings), clear=True), patch.object(train_gpt, "outputs", [None]),
+          patch.object(train_gpt, "lost", []), patch.object(sys, "argv", ["train_gpt.py", *arguments]), chdir(folder),
+          redirect_stdout(out), redirect_stderr(err)):
         try:
             return Result(train_gpt.main(), out.getvalue(), err.getvalue())
         finally:
             torch.set_num_threads(threads)
-            if train_gpt.log_file:
-                train_gpt.log_file.close()
+            for file in filter(None, (*train_gpt.outputs, extras.file)):
+                file.close()
+            vars(extras).clear()
+            extras.__init__()  # what is called outside of runs leaves no events
 
 
 def start(command, folder, **settings):
@@ -104,12 +116,15 @@ def run_process(folder, *arguments, timeout=120, **settings):
     return result
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def run_ranks(folder, world_size, timeout=120, **settings):
     """One result a rank, of processes that nobody but themselves can end."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    group = dict(WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return finish([start([sys.executable, SCRIPT], folder, **group, RANK=rank, LOCAL_RANK=rank, **settings)
+    group = dict(WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return finish([Process([SCRIPT], folder, environment(group | settings | dict(RANK=rank, LOCAL_RANK=rank)))
                    for rank in range(world_size)], timeout)
 
 

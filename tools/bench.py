@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import train_gpt as T  # noqa: E402
 from readme import table  # noqa: E402
+from tools.extras import peak_memory  # noqa: E402
 from train_gpt import RunError  # noqa: E402
 
 ATTENTION_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, as torch.backends.cuda.enable_NAME_sdp
@@ -274,7 +275,7 @@ def trace(step: Callable, bench: Bench) -> list[dict]:
 def measure(step: Callable, bench: Bench, tokens: int, flop: float) -> dict:
     """Time steps of so many tokens and so much FLOP, over all processes, and profile one."""
     ms = spread(timed(step, bench.steps, bench.device))
-    memory = int(T.peak_memory().split()[0])
+    memory = int(peak_memory())
     kernels, busy = kernels_of(trace(step, bench))
     part_us, name_us, calls = Counter(), Counter(), Counter()
     for name, part, us in kernels:
@@ -414,9 +415,9 @@ def bench_ttt(bench: Bench) -> dict:
     return after_warm_up(lambda: timed(chunk, 2, bench.device), run, bench)
 
 
-def factors_of(s, moments: dict) -> dict:
+def factors_of(moments: dict) -> dict:
     """As train_gpt.export() makes them of moments, which stay as they are."""
-    return {name: T.factor(m.clone()) for name, m in moments.items()} if s.quantizer == "gptq" else {}
+    return {name: T.factor(m.clone()) for name, m in moments.items()}
 
 
 def start_qat(trainer: T.Trainer) -> None:
@@ -432,12 +433,12 @@ def bench_artifact(bench: Bench) -> dict:
         stages = dict(
             calibrate=lambda: made.update(zip(("moments", "fisher"), trainer.calibrate())),
             fit=lambda: trainer.fix_steps(made["fisher"], s.artifact_limit),
-            quantize=lambda: made.update(stored=T.quantize(s, weights, trainer.steps, factors_of(s, made["moments"]))),
+            quantize=lambda: made.update(stored=T.quantize(weights, trainer.steps, factors_of(made["moments"]))),
             pack=lambda: made.update(data=T.pack_artifact(s, "0" * 64, made["stored"])),
             unpack=lambda: T.dequantize(T.unpack_artifact(made["data"], "in memory")[2]))
         times = {name: spread(timed(stage, bench.steps, bench.device)) for name, stage in stages.items()}
     return dict(artifact_ms=times, artifact_bytes=len(made["data"]), parameters=sum(w.numel() for w in weights.values()),
-                peak_memory_mib=int(T.peak_memory().split()[0]))
+                peak_memory_mib=int(peak_memory()))
 
 
 BENCHES = dict(train=bench_train, score=bench_score, ttt=bench_ttt, artifact=bench_artifact)

@@ -33,6 +33,12 @@ SHOWN = ["eval_stride", "eval_window", "ttt_chunk_tokens", "ttt_epochs", "ttt_lr
          "ttt_entropy_adapt", "ttt_freeze_blocks"]  # of what a row's score depends on
 
 
+def say(line: str) -> None:
+    """Print it, on rank 0."""
+    if T.rank() == 0:
+        print(line, flush=True)
+
+
 def settings_of(row: str, kept: dict[str, Any], path: Path) -> Any:
     """Those of a row, for the weights at path that were made with `kept`. Raises RunError."""
     words = dict(word.partition("=")[::2] for word in row.split())
@@ -86,7 +92,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
             score = stage()
             row["seconds"].append(now(device) - start)
             row |= dict(stage=name, tokens=int(score.tokens), val_loss=score.val_loss, val_bpb=score.val_bpb)
-            T.log(f"{row['mode']}: val_bpb {score.val_bpb:.5f} in {row['seconds'][-1]:.1f} s ({row['settings']})")
+            say(f"{row['mode']}: val_bpb {score.val_bpb:.5f} in {row['seconds'][-1]:.1f} s ({row['settings']})")
     return found
 
 
@@ -107,9 +113,9 @@ def main(argv: list[str] | None = None) -> None:
             torch._dynamo.config.recompile_limit = 64
             T.newton_schulz = torch.compile(T.newton_schulz, dynamic=False, fullgraph=True)
         machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
-        T.log(time.strftime("%Y-%m-%d ") + f"bench_eval.py {args.file.name} {args.shard.name}")
+        say(time.strftime("%Y-%m-%d ") + f"bench_eval.py {args.file.name} {args.shard.name}")
         found = dict(machine=f"{T.world_size()} x {machine}", torch=torch.__version__, rows=measure(args, device))
-        T.log("\n" + scoring_report(found))
+        say("\n" + scoring_report(found))
         if args.json and T.rank() == 0:
             T.write_atomically(args.json, (json.dumps(found, indent=1) + "\n").encode())
     except (RunError, OSError) as e:

@@ -14,9 +14,7 @@
 set -euo pipefail
 
 VARIANTS=(  # name, then what differs from the defaults
-    "record SWA_ENABLED=0 QUANTIZER=rtn"
-    "average QUANTIZER=rtn"
-    "gptq SWA_ENABLED=0"
+    "ema SWA_ENABLED=0"
     "together"
 )
 

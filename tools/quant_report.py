@@ -173,26 +173,44 @@ class Meter:
         return dict(loss=loss.mean().item(), gap=gap, gap_error=error, gap_bpb=gap * self.bpb_of_nat, kl=kl.mean().item())
 
 
+def record_limit(name: str) -> int:
+    """The largest integer of the record: int6 in the banks, int8 in the other matrices."""
+    return 31 if name in T.GPT.BANKS else 127
+
+
+@torch.no_grad()
+def record_steps(model: T.GPT) -> Weights:
+    """The record's steps, (..., rows, 1): a clip of each row over the limit."""
+    steps = {}
+    for name, w in model.quantized().items():
+        quantiles, matrices = T.CLIP_QUANTILES if name in model.BANKS else [0.9999984], w.view(-1, *w.shape[-2:])
+        steps[name] = torch.cat([T.clip_steps(m, quantiles, record_limit(name)) for m in matrices]).view_as(w[..., :1])
+    return steps
+
+
+def record_quantize(weights: Weights, base: Weights, knob: float) -> Weights:
+    """To the nearest of the record's steps, int6's times the knob; finer ones clip where the record's do, not at 31 steps."""
+    steps = base | {name: (base[name] * knob).clamp(T.TINY, 65504).half().float() for name in T.GPT.BANKS}
+    clips = {name: record_limit(name) * step.maximum(base[name]) for name, step in steps.items()}
+    return T.quantize(weights | {name: weights[name].clamp(-clip, clip) for name, clip in clips.items()}, steps)
+
+
 class Method:
     """A way to store weights: the larger its knob, the fewer bytes."""
 
     def __init__(self, name: str, model: T.GPT, fingerprint: str, factors: dict[str, Any], fisher: Weights) -> None:
-        quantizer, self.coder = name.split("+")
-        self.name, self.s = name, T.parse_settings(dict(QUANTIZER=quantizer), vars(model.s))
-        self.fingerprint, self.factors, self.sizes = fingerprint, factors if quantizer == "gptq" else {}, {}
-        self.base, self.weights = T.base_steps(self.s, model, fisher), model.state_dict()
-        self.count = sum(w.numel() for w in model.quantized().values())
+        self.name, self.s, self.fingerprint, self.sizes = name, model.s, fingerprint, {}
+        self.quantizer, self.coder = name.split("+")
+        self.base, self.factors = T.base_steps(model, fisher) if self.quantizer == "gptq" else record_steps(model), factors
+        self.weights, self.count = model.state_dict(), sum(w.numel() for w in model.quantized().values())
         self.store = lru_cache(1)(self.store)
 
     def store(self, knob: float) -> Weights:
         """What it stores, in .sizes[knob] bytes."""
-        s, weights, steps = self.s, self.weights, T.scaled(self.s, self.base, knob)
-        if s.quantizer == "rtn":
-            steps = self.base | {name: steps[name] for name in T.GPT.BANKS}
-            if knob < 1:  # finer than the record, clipped where it clips, not at 31 steps: as GPTQ, but without factors
-                s = T.parse_settings(dict(QUANTIZER="gptq"), vars(s))
-                weights = weights | {n: weights[n].clamp(-31 * self.base[n], 31 * self.base[n]) for n in T.GPT.BANKS}
-        stored = T.quantize(s, weights, steps, self.factors)
+        if self.quantizer == "gptq":
+            stored = T.quantize(self.weights, T.scaled(self.base, knob), self.factors)
+        else:
+            stored = record_quantize(self.weights, self.base, knob)
         if self.coder == "ans":
             self.sizes[knob] = len(T.pack_artifact(self.s, self.fingerprint, stored))
         else:
@@ -208,7 +226,10 @@ class Method:
             if any((1 - TOLERANCE) * target <= size <= target for size in self.sizes.values()):
                 break
             knob = min(self.sizes, key=lambda knob: abs(self.sizes[knob] - aim), default=1.0)
-            self.store(knob * 2 ** (8 * (self.sizes.get(knob, aim) - aim) / self.count))
+            octaves = 8 * (self.sizes.get(knob, aim) - aim) / self.count
+            while knob * 2 ** octaves in self.sizes:  # a step that was tried and led no nearer
+                octaves += math.copysign(1 / 32, octaves)
+            self.store(knob * 2 ** octaves)
         return max((knob for knob, size in self.sizes.items() if size <= target), key=self.sizes.get, default=None)
 
     def point(self, knob: float, meter: Meter) -> Row:
@@ -285,7 +306,7 @@ def report(args: argparse.Namespace) -> None:
     if artifact:
         found = dict(matrices=matrix_table(artifact, fisher, {}))
     else:  # as train_gpt.py makes it, had late QAT not fixed other steps
-        trained = SimpleNamespace(model=model, base=T.base_steps(s, model, fisher), knob=s.matrix_step)
+        trained = SimpleNamespace(model=model, base=T.base_steps(model, fisher), knob=s.matrix_step)
         with redirect_stdout(sys.stderr):
             data = T.export(s, fingerprint, trained, moments, s.artifact_limit - Path(T.__file__).stat().st_size)
         found = dict(matrices=matrix_table(data, fisher, weights))

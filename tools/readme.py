@@ -78,12 +78,14 @@ def demo_part(log: RunLog) -> str:
 
 
 def bench_results(folder: Path) -> list[dict]:
-    """The figures in folder/*.jsonl. Raises RunError."""
+    """The figures in folder/*.jsonl, where events of runs lie too. Raises RunError."""
     results = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             try:
                 found = json.loads(line)
+                if "event" in found:
+                    break  # the events of a run
                 results += [found] if speed_row(found) or found["bench"] else []
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise RunError(f"{path}, line {number}: no figures of tools/bench.py; measure again") from None

@@ -1,0 +1,85 @@
+"""What ends a run that cannot be saved: every rank stops with a line that says why, and no file is left half-written."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import train_gpt as T
+from forked import Process
+from test_checkpoint import PLANTED, data, finish, folder, start  # noqa: F401
+
+import tools.extras
+
+
+@pytest.mark.parametrize("fault, world, named", [
+    ("raise", 2, "failed: a planted fault"), ("kill", 4, "has been silent for 5 s: it died or hangs"),
+    ("hang", 2, "has been silent for 5 s: it died or hangs")])
+def test_when_one_rank_fails_dies_or_hangs_the_others_stop_and_name_it(folder, fault, named, world):
+    *others, last = start(folder, fault, world=world, ITERATIONS=20)
+    for rank, result in enumerate(tiny.finish(others, 60)):
+        assert result.status == tools.extras.LOST_RANK
+        assert f"train_gpt.py: rank {rank}: error: stopped, since rank {world - 1} {named}\n" in result.err
+    if fault == "hang":
+        last.kill()
+    assert tiny.finish([last], 60)[0].status == {"raise": 1, "kill": -signal.SIGKILL, "hang": -signal.SIGKILL}[fault]
+
+
+def children(pid):
+    return [int(n) for n in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
+
+
+def torchrun(folder, *words, **settings):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PLANTED, *words]
+    return tiny.start(command, folder, **settings)
+
+
+def test_torchrun_ends_all_ranks_and_names_the_one_that_died(folder):
+    agent = torchrun(folder, "kill", ITERATIONS=20)
+    _, err = agent.communicate(timeout=90)
+    assert agent.returncode == 1 and re.search(r"Root Cause.*\n.*\n.*\n.*\n\s*rank\s*: 1 .*\n\s*exitcode\s*: -9 ", err)
+
+
+def test_when_torchrun_itself_is_killed_no_rank_is_left(folder):
+    agent = torchrun(folder, "none", ITERATIONS=20000)
+    deadline = time.monotonic() + 60
+    while not (folder / "logs/tiny.txt").exists() or "step:5/" not in (folder / "logs/tiny.txt").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = children(agent.pid)
+    agent.kill()
+    assert len(ranks) == 2
+    while any(os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2] for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    agent.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("fault, told", [
+    ("vanish", "No such file or directory: '"), ("shrink", "fineweb_train_000000.bin was changed during the run"),
+    ("change", "fineweb_train_000000.bin was changed during the run")])
+def test_a_shard_that_vanishes_shrinks_or_changes_stops_the_run(folder, fault, told):
+    result = finish(start(folder, fault, ITERATIONS=20))
+    assert result.status == 2 and told in result.err and result.err.count("\n") == 1
+    assert sorted(os.listdir(folder / "logs")) == ["tiny.jsonl", "tiny.txt"]
+
+
+def test_a_full_disk_leaves_the_artifact_of_the_run_before(folder):
+    assert tiny.run(folder).status == 0
+    before = (folder / "logs/tiny.bin").read_bytes()
+    size = len((folder / "logs/tiny.txt").read_bytes()) + 5000
+    result = finish(start(folder, "limit", str(size), MODEL_DIM=128))  # a larger artifact than the log
+    assert result.status == 2 and "File too large" in result.err and result.err.count("\n") == 1
+    assert (folder / "logs/tiny.bin").read_bytes() == before
+    assert not list((folder / "logs").glob("*.tmp"))
+
+
+def test_a_full_disk_costs_the_log_not_the_run(folder):
+    result = finish(start(folder, "limit", str(len(tiny.SCRIPT.read_bytes()) + 2600)))
+    assert result.status == 2 and "error: the log is not whole: " in result.err and "File too large" in result.err
+    assert result.out.splitlines()[-1].startswith("legal_ttt_exact val_loss:")
+    assert T.unpack_artifact((folder / "logs/tiny.bin").read_bytes(), "tiny.bin")
