@@ -1,4 +1,6 @@
 PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 
 .PHONY: help demo test soak readme clean

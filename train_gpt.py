@@ -36,12 +36,14 @@ import torch.nn.functional as F
 from torch import Tensor, arange, cat, nn, no_grad, stack
 
 class RunError(Exception):
-	"""What the user can put right, in a line. Most functions raise it."""
+	"""What the user can put right, in a line."""
 
 try:
 	from tools.extras import notify
-except ImportError:  # this file does without
-	notify = lambda *what: None
+except ModuleNotFoundError:
+	def notify(what, s=None, *more):
+		if what == "start" and (s.audit or s.resume or s.checkpoint_every):
+			raise RunError("AUDIT, RESUME and CHECKPOINT_EVERY need tools/")
 
 # ---- Settings ----
 
@@ -190,7 +192,7 @@ def parse_settings(environ, defaults={}):
 	given = defaults | RECIPES.get(given.get("recipe"), {}) | given
 	s = Settings(**given)
 	if s.eval_only and s.artifact_path and not defaults:
-		return s  # the artifact's are to come
+		return s
 	if "ve_layers" not in given:
 		s.ve_layers = tuple(i for i in s.ve_layers if i < s.num_layers)
 	for rule in RULES:
@@ -263,10 +265,10 @@ def timer():
 	start = time.perf_counter()
 	return lambda: time.perf_counter() - start
 
-outputs, lost = [None], []  # None: stdout
+outputs, lost = [None], []  # stdout
 
 def log(event, template="", **values):
-	"""On rank 0: the filled-in template, or names and values. A full disk ends a log; the run fails at its end only."""
+	"""On rank 0; without a template, names and values. A full disk ends a log, and the run only at its end."""
 	if rank() == 0:
 		more = notify("event", event, values) or ""
 		words = (f"{name}:{value:.6g}" if isinstance(value, float) else f"{name}:{value}" for name, value in values.items())
@@ -368,8 +370,8 @@ def read_stream(shards, position, count):
 	"""`count` tokens from `position` on; the shards repeat."""
 	parts, position = [], position % sum(map(len, shards))
 	for shard in cycle(shards):
-		notify("shard", getattr(shard, "filename", None))
 		parts.append(shard[position:position + count])
+		notify("shard", len(parts[-1]) and getattr(shard, "filename", None))
 		position, count = max(position - len(shard), 0), count - len(parts[-1])
 		if count == 0:
 			return np.concatenate(parts)
@@ -1106,9 +1108,8 @@ class Trainer:
 
 	def run(self, validate, limit):
 		"""Returns GPTQ's moments. Rank 0's clock decides; reading it is a step's only wait for the device."""
-		s, seconds = self.s, timer()
-		reserve = self.warm_up()
-		log("warm_up", took=seconds(), reserve=1000 * reserve)
+		s, reserve = self.s, self.warm_up()
+		log("warm_up", reserve=1000 * reserve)
 		budget = (s.max_wallclock_seconds or math.inf) - reserve
 		averages = WeightAverages(self.weights, s)
 		first, elapsed = notify("resume", self, averages) or (0, 0)
@@ -1125,6 +1126,7 @@ class Trainer:
 				log("validation", status % "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}", **now, val_loss=score.val_loss,
 					val_bpb=score.val_bpb)
 				paused += pause()
+			notify("step", self, averages, step, elapsed, last)
 			if last:
 				break
 			multiplier = lr_multiplier(step, s, elapsed, budget)
@@ -1137,9 +1139,8 @@ class Trainer:
 			now = [(seconds() - paused) * (rank() == 0), loss, norm / world_size()]
 			elapsed, loss, norm = all_reduce(torch.tensor(now, dtype=torch.float64)).tolist()
 			if not math.isfinite(loss + norm):
-				where = notify("not_finite", self.optimizers, loss) or ""
-				raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}{where}; lower the learning rates")
-			notify("step", self, averages, step + 1, elapsed)
+				raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}"
+					f"{notify('not_finite', self.optimizers, loss) or ''}; lower the learning rates")
 			notify("progress", "training", max((step + 1) / s.iterations, elapsed / budget))
 		self.choose(dict(raw=copies(self.weights)) | averages.averages)
 		moments, fisher = self.calibrate()
@@ -1235,7 +1236,7 @@ def run(s):
 	log("settings", "settings: " + assignments(s, FIELDS).replace("{", "{{").replace("}", "}}"))
 	(kernel, attention), dtype = choose_attention(device), torch.bfloat16 if cuda else torch.float32
 	hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})"
-	log("machine", processes=world_size(), hardware=hardware, attention=kernel, torch=torch.__version__)
+	log("machine", processes=world_size(), hardware=hardware, attention=kernel)
 	tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
 	with device:
 		tables = byte_tables(tokenizer)

@@ -16,16 +16,16 @@ AT = 6  # the step of training at which a fault strikes
 SHARD = Path("data/fineweb_train_000000.bin")
 
 
-def strike(fault, owner=T.Trainer, name="step"):
-    """Call fault(trainer) before the step AT, after a warm-up of one step; or before another method's call."""
-    method, calls = getattr(owner, name), 0
+def strike(fault, owner=T.Trainer, name="step", at=AT):
+    """Call fault(first argument) before the step `at`, after a warm-up of one step; or before a call of another function."""
+    function, calls = getattr(owner, name), 0
 
-    def faulty(self, *args):
+    def faulty(*args):
         nonlocal calls
         calls += 1
-        if calls == AT + 1:
-            fault(self)
-        return method(self, *args)
+        if calls == at + 1:
+            fault(args[0])
+        return function(*args)
 
     setattr(owner, name, faulty)
 
@@ -59,9 +59,12 @@ def limit_files(size):
 FAULTS = {
     "raise": lambda: on_last_rank(fail),
     "kill": lambda: on_last_rank(lambda trainer: os.kill(os.getpid(), signal.SIGKILL)),
-    "hang": lambda: on_last_rank(lambda trainer: os.kill(os.getpid(), signal.SIGSTOP)),
+    "freeze": lambda: on_last_rank(lambda trainer: os.kill(os.getpid(), signal.SIGSTOP)),
     "sigterm": lambda: strike(terminate),
     "sigterm in TTT": lambda: strike(terminate, T.Learner, "update"),
+    "sigterm in warm-up": lambda: strike(terminate, T.Trainer, "warm_up", 0),
+    "sigterm in choice": lambda: strike(terminate, T.Trainer, "choose", 0),
+    "sigterm in export": lambda: strike(terminate, T, "pack_artifact", 0),
     "vanish": lambda: strike(lambda trainer: SHARD.unlink()),
     "shrink": lambda: strike(lambda trainer: os.truncate(SHARD, 2000)),
     "change": lambda: strike(lambda trainer: SHARD.write_bytes(SHARD.read_bytes()[::-1])),

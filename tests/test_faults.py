@@ -1,4 +1,5 @@
 """What ends a run that cannot be saved: every rank stops with a line that says why, and no file is left half-written."""
+import json
 import os
 import re
 import shutil
@@ -17,16 +18,16 @@ import tools.extras
 
 
 @pytest.mark.parametrize("fault, world, named", [
-    ("raise", 2, "failed: a planted fault"), ("kill", 4, "has been silent for 5 s: it died or hangs"),
-    ("hang", 2, "has been silent for 5 s: it died or hangs")])
-def test_when_one_rank_fails_dies_or_hangs_the_others_stop_and_name_it(folder, fault, named, world):
+    ("raise", 2, "failed: a planted fault"), ("kill", 4, "has been silent for 5 s: it died or is frozen"),
+    ("freeze", 2, "has been silent for 5 s: it died or is frozen")])
+def test_when_one_rank_fails_dies_or_freezes_the_others_stop_and_name_it(folder, fault, named, world):
     *others, last = start(folder, fault, world=world, ITERATIONS=20)
     for rank, result in enumerate(tiny.finish(others, 60)):
         assert result.status == tools.extras.LOST_RANK
         assert f"train_gpt.py: rank {rank}: error: stopped, since rank {world - 1} {named}\n" in result.err
-    if fault == "hang":
+    if fault == "freeze":
         last.kill()
-    assert tiny.finish([last], 60)[0].status == {"raise": 1, "kill": -signal.SIGKILL, "hang": -signal.SIGKILL}[fault]
+    assert tiny.finish([last], 60)[0].status == {"raise": 1, "kill": -signal.SIGKILL, "freeze": -signal.SIGKILL}[fault]
 
 
 def children(pid):
@@ -76,6 +77,30 @@ def test_a_full_disk_leaves_the_artifact_of_the_run_before(folder):
     assert result.status == 2 and "File too large" in result.err and result.err.count("\n") == 1
     assert (folder / "logs/tiny.bin").read_bytes() == before
     assert not list((folder / "logs").glob("*.tmp"))
+
+
+def test_ttt_that_ends_in_no_number_stops_the_run_and_names_a_weight(folder):
+    result = tiny.run(folder, TTT_LR=1e30)
+    assert result.status == 2 and re.match(r"train_gpt.py: error: legal_ttt: the loss is nan, first in \w+; ", result.err)
+    assert "legal_ttt_exact" not in result.out
+
+
+def test_a_run_is_audited_and_fails_if_it_breaks_a_rule(folder, monkeypatch):
+    assert tiny.run(folder, AUDIT=1).status == 0
+    found = json.loads((folder / "logs/tiny.audit.json").read_text())
+    assert found["violations"] == [] and [*found["stages"]][-1] == "legal_ttt"
+    plan = T.plan_windows
+    monkeypatch.setattr(T, "plan_windows", lambda *args: plan(*args)[:-1])  # the tail is left out
+    result = tiny.run(folder, AUDIT=1)
+    assert result.status == 2 and "error: audit: " in result.err and "never scored" in result.err
+
+
+def test_without_the_folder_of_tools_a_run_is_the_same_but_for_what_needs_them(folder):
+    shutil.copy(tiny.SCRIPT, folder / "train_gpt.py")
+    result, = tiny.finish([Process([folder / "train_gpt.py"], folder, tiny.environment({}))], 60)
+    assert (result.status, result.err) == (0, "") and result.out.splitlines()[-1] == tiny.run(folder).out.splitlines()[-1]
+    result, = tiny.finish([Process([folder / "train_gpt.py"], folder, tiny.environment(dict(RESUME="auto")))], 60)
+    assert result.status == 2 and result.err == "train_gpt.py: error: AUDIT, RESUME and CHECKPOINT_EVERY need tools/\n"
 
 
 def test_a_full_disk_costs_the_log_not_the_run(folder):

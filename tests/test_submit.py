@@ -74,7 +74,8 @@ def audit(path, violations=(), **hashes):
     """Write the audit beside a log."""
     actual = dict(code=hashlib.sha256(SOURCE.encode()).hexdigest(),
                   artifact=hashlib.sha256(Path(path).with_suffix(".bin").read_bytes()).hexdigest())
-    Path(path).with_suffix(".audit.json").write_text(json.dumps(dict(violations=list(violations), hashes=actual | hashes)))
+    Path(path).with_suffix(".audit.json").write_text(json.dumps(
+        dict(violations=list(violations), hashes=actual | hashes, stages=dict(legal_ttt={}))))
 
 
 def without_last_stage(path):
@@ -185,7 +186,7 @@ LAST = LOGS[2]
     (lambda: edit(LAST, "data", validation_tokens=9), "logs/run1337.txt: validation tokens: 9, but 1500 in logs/run7.txt"),
     (lambda: audit(LAST, code="0"), "logs/run1337.txt: the audit beside it is of another code (SHA-256 0, not "),
     (lambda: audit(LAST, artifact="0"), "logs/run1337.txt: the audit beside it is of another artifact (SHA-256 0, not "),
-    (lambda: Path("logs/run1337.audit.json").write_text('{"violations": 0}'), "logs/run1337.audit.json: no audit of"),
+    (lambda: Path("logs/run1337.audit.json").write_text('{"violations": [], "hashes": {}, "stages": {}}'), "logs/run1337.audit.json: no audit of"),
     (lambda: without_last_stage(LAST), "logs/run1337.txt: has no score of legal_ttt, so the run did not finish"),
     (lambda: edit(LAST, "stage", val_bpb=1.0), "logs/run1337.txt: lacks the last score of the .jsonl beside it"),
     (lambda: edit(LAST) or Path(LAST).unlink(), "logs/run1337.txt: the source is in the .txt of the run, which is not"),

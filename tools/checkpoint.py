@@ -5,10 +5,11 @@ must be the resuming run's; the number of processes need not), `phase`, and
 
     training: step, elapsed (seconds of training), weights, AdamW's state, Muon's momentum of whole banks, averages and their
               samples, the quantizer's base steps and knob, the state of the random number generators
-    scoring:  scores of the stages that are done; in TTT the records of the chunks done, weights, first weights' keys and
-              values of the past, SGD's state. The weights it starts from are in the artifact.
+    scoring:  SHA-256 of what it reads, scores and seconds of the stages that are done; in TTT also sums and epochs of the
+              chunks done, weights, keys and values of the past, SGD's state. The weights to begin with are in the artifact.
 
-A file is written whole, under another name, and then takes the old one's place, so that one whole checkpoint is always there.
+A file is written whole, under another name, and then takes the old one's place, which stays as logs/RUN_ID.ckpt.previous: should
+the last state already lead to numbers that are none, there is the one before.
 Training waits only for the copy to main memory; a thread writes.
 """
 import hashlib
@@ -17,7 +18,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,10 @@ def write(path: Path, state: dict) -> None:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
+        previous = Path(f"{path}.previous")
+        previous.unlink(missing_ok=True)
+        if path.exists():
+            os.link(path, previous)  # there is a whole checkpoint at path at any moment
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,17 +74,18 @@ def read(path: Path, error: type[Exception]) -> dict:
 class Keeper:
     """Writes checkpoints of this run, reads the one it resumes from, and stops it in good order on SIGTERM."""
 
-    def __init__(self, program: ModuleType, s: Any) -> None:
+    def __init__(self, program: ModuleType, s: Any, watch: Any) -> None:
         """Raises RunError."""
-        self.program, self.s, self.path = program, s, Path(f"logs/{s.run_id}.ckpt")
+        self.program, self.s, self.watch, self.path = program, s, watch, Path(f"logs/{s.run_id}.ckpt")
+        self.source = self.path if s.resume in ("", "auto") else Path(s.resume)
         self.state = {}
         self.terminated, self.looping, self.next, self.last = False, False, 0, time.monotonic()
-        self.pool, self.written = ThreadPoolExecutor(1), Future()
-        self.written.set_result(None)
+        self.pool, self.written, self.saved = ThreadPoolExecutor(1), None, None
         self.made_by = {name: program.show(getattr(s, name)) for name in program.NAMES if name.upper() not in MAY_DIFFER}
         self.made_by["source"] = hashlib.sha256(Path(program.__file__).read_bytes()).hexdigest()
         if s.resume:
             self.state = program.from_rank0(program.together(self.read, 1))
+            self.saved = self.source if self.state else None
         self.scores = {name: program.Score(*score) for name, score in self.state.get("scores", {}).items()}
         self.seconds = dict(self.state.get("seconds", {}))  # that each stage took, the present one's so far as ""
         self.spent_before = dict(self.seconds)
@@ -87,10 +93,14 @@ class Keeper:
 
     def read(self) -> dict:
         """The state to go on from; empty for RESUME=auto without a checkpoint. Raises RunError, OSError."""
-        error, path = self.program.RunError, self.path if self.s.resume == "auto" else Path(self.s.resume)
+        error, path = self.program.RunError, self.source
         if self.s.resume == "auto" and not path.exists():
             return {}
         state = read(path, error)
+        if not isinstance(state, dict) or not {"phase", "made_by"} <= state.keys():
+            raise error(f"checkpoint {path}: not of this version's format")
+        if self.s.eval_only and state["phase"] != "scoring":
+            raise error(f"checkpoint {path}: of training, not of scoring an artifact; give another RUN_ID")
         made_by = state["made_by"]
         for name, value in self.made_by.items():
             if made_by.get(name) != value:
@@ -107,18 +117,19 @@ class Keeper:
         self.last = time.monotonic()
         if self.program.rank() == 0:
             self.report()
-            copied, self.started = to_cpu(state | {"made_by": self.made_by}), time.monotonic()
-            self.written = self.pool.submit(write, self.path, copied)
+            self.written = self.pool.submit(write, self.path, to_cpu(state | {"made_by": self.made_by}))
+            self.saved = self.path
 
     def report(self) -> None:
         """Wait for the last write. One that failed costs nothing but itself: the checkpoint before is still there."""
+        written, self.written = self.written, None
         try:
-            self.written.result()
+            if written:
+                written.result()
         except OSError as e:
+            self.saved = self.path if self.path.exists() else None
             self.program.log("checkpoint_failed", "checkpoint {path} could not be written: {reason}; going on",
                              path=str(self.path), reason=str(e))
-            self.written = Future()
-            self.written.set_result(None)
 
     def due(self, position: int) -> bool:
         """Whether to save now; all ranks agree on it. Asked at each position, it lets ranks talk ten times a second."""
@@ -144,14 +155,19 @@ class Keeper:
             self.program.together(self.report, 1)
             self.stop()
 
-    def stop(self) -> None:
-        self.program.log("stopped", "stopped by SIGTERM; go on with RESUME={path}", path=str(self.path))
+    def stop(self, others: str = "") -> None:
+        """Raises SystemExit. `others`: what to tell the other ranks unless they stop, too."""
+        self.report()
+        self.program.log("stopped", f"stopped by SIGTERM; {'go on with RESUME={path}' if self.saved else 'nothing is saved'}",
+                         path=str(self.saved or ""))
+        if self.watch:
+            self.watch.end(others)
         raise SystemExit(STOPPED)
 
     def progress(self) -> None:
-        """Outside of the loops there is nothing to save: end at once."""
+        """Outside of the loops all that can be saved is: end at once."""
         if self.terminated and not self.looping:
-            self.stop()
+            self.stop(f"rank {self.program.rank()} was stopped by SIGTERM")
 
     def resume(self, trainer: Any, averages: Any) -> tuple[int, float] | None:
         """Put everything back as it was; (step, seconds of training). Raises RunError."""
@@ -161,7 +177,7 @@ class Keeper:
             return None
         shards = [len(shard) for shard in trainer.shards]
         if state["shards"] != shards:
-            raise program.RunError(f"checkpoint {self.path}: made with train shards of {state['shards']} tokens, not {shards}")
+            raise program.RunError(f"checkpoint {self.source}: made with train shards of {state['shards']} tokens, not {shards}")
         optimizers, device = trainer.optimizers, trainer.device
         program.copy_weights(trainer.weights, [w.to(device) for w in state["weights"]])
         optimizers.adamw.load_state_dict(state["adamw"])
@@ -176,12 +192,14 @@ class Keeper:
         torch.set_rng_state(state["generators"][0])
         if device.type == "cuda" and len(state["generators"]) > 1:
             torch.cuda.set_rng_state(state["generators"][1])
+        self.state = {}
         program.log("resumed", step=state["step"])
         return state["step"], state["elapsed"]
 
-    def step(self, trainer: Any, averages: Any, step: int, elapsed: float) -> None:
-        """After each step of training."""
-        if not self.due(step):
+    def step(self, trainer: Any, averages: Any, step: int, elapsed: float, last: bool) -> None:
+        """Before each step of training, and after the last."""
+        self.next = step if last else self.next
+        if not self.due(step) and not last:
             return
         optimizers = trainer.optimizers
         momentum = [self.whole(buffer)[:len(bank)] for buffer, bank in zip(optimizers.momentum, optimizers.banks)]
@@ -192,6 +210,7 @@ class Keeper:
                   shards=[len(shard) for shard in trainer.shards])
         self.program.log("checkpoint", step=step)
         self.stop_if_asked()
+        self.looping = not last
 
     def whole(self, shard: torch.Tensor) -> torch.Tensor:
         """All ranks' shards (n, rows, columns), one after the other."""
@@ -201,15 +220,28 @@ class Keeper:
         dist.all_gather(shards, shard)
         return torch.cat(shards)
 
-    def begin_scoring(self) -> float:
-        """The artifact is written. The seconds that scoring took before."""
+    def begin_scoring(self, artifact: Path) -> float:
+        """The artifact is written. The seconds that scoring took before. Raises RunError if the checkpoint is of scoring
+        another artifact or other text."""
         self.looping, self.began = False, time.monotonic()
+        self.inputs = self.program.from_rank0(self.program.together(lambda: self.hashes(artifact), 1))
         if self.state.get("phase") != "scoring":
             self.save_scoring()
+        for path, value in self.state.get("inputs", self.inputs).items():
+            if self.inputs.get(path) != value:
+                raise self.program.RunError(f"checkpoint {self.source}: made with another {path}")
         return sum(self.seconds.values())
 
+    def hashes(self, artifact: Path) -> dict[str, str]:
+        """SHA-256 of what scoring reads. The artifact is on disk for good before a checkpoint of training makes way."""
+        with open(artifact, "rb+") as file:
+            os.fsync(file.fileno())
+        paths = dict(artifact=artifact, tokenizer=Path(self.s.tokenizer_path)) | {
+            f"shard {path.name}": path for path in sorted(Path(self.s.data_path).glob("fineweb_val_*.bin"))}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+
     def save_scoring(self, **state: Any) -> None:
-        self.save(phase="scoring", scores=dict(self.scores), seconds=dict(self.seconds), **state)
+        self.save(phase="scoring", scores=dict(self.scores), seconds=dict(self.seconds), inputs=self.inputs, **state)
 
     def lap(self) -> None:
         """Add the time since the last call to the present stage's."""
@@ -228,18 +260,18 @@ class Keeper:
 
     def resume_ttt(self, learner: Any) -> list | None:
         """The records of the chunks done: (nats, tokens, bytes) fp64 on the device, epochs."""
-        records = self.state.get("records")
-        self.loop(len(records or ()))
+        epochs = self.state.get("epochs")
+        self.loop(len(epochs or ()))
         self.spent_before["legal_ttt"] = self.seconds.get("", 0)
-        if not records:
+        if not epochs:
             return None
         device = learner.weights[0].device
         self.program.copy_weights(learner.weights, [w.to(device) for w in self.state["weights"]])
         learner.past = [t.to(device) for t in self.state["past"]]
         if learner.sgd:
             learner.sgd.load_state_dict(self.state["sgd"])
-        self.program.log("resumed", chunk=len(records))
-        return [(score.to(device), epochs) for score, epochs in records]
+        self.program.log("resumed", chunk=len(epochs))
+        return list(zip(self.state["sums"].to(device).unbind(), epochs))
 
     def spent(self, stage: str) -> float:
         """Seconds that the stage took before the run was resumed."""
@@ -249,7 +281,8 @@ class Keeper:
         """After each chunk of test-time training."""
         if self.looping and self.due(len(records)):
             self.lap()
-            self.save_scoring(records=records, weights=learner.weights, past=learner.past,
+            sums, epochs = zip(*records)
+            self.save_scoring(sums=torch.stack(sums), epochs=list(epochs), weights=learner.weights, past=learner.past,
                               sgd=learner.sgd and learner.sgd.state_dict())
             self.program.log("checkpoint", chunk=len(records))
             self.stop_if_asked()
@@ -259,5 +292,6 @@ class Keeper:
         self.report()
         if self.program.rank() == 0:
             self.path.unlink(missing_ok=True)
+            Path(f"{self.path}.previous").unlink(missing_ok=True)
         self.pool.shutdown()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is done

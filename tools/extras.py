@@ -35,6 +35,13 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last end of a line. Raises OSError."""
+    if path.exists():
+        data = path.read_bytes()
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
 class Progress:
     """How far a stage is: a bar in a terminal that has tqdm, else a line every 10 seconds."""
 
@@ -52,7 +59,7 @@ class Progress:
         if stage != self.stage or done < self.done:
             self.close()
             self.stage, self.start, self.last, self.first = stage, now, now, done
-            self.bar = self.bars and self.bars(total=1, desc=stage, leave=False, delay=1, file=sys.stderr,
+            self.bar = self.bars and self.bars(total=1, desc=stage, leave=False, file=sys.stderr,
                                                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
         self.done = done
         if self.bar is not None:
@@ -76,8 +83,8 @@ class Progress:
 
 
 class Watch:
-    """Ends this process within 60 seconds, with a line that names the rank, when another rank fails, dies or hangs, or when the
-    launcher has gone. On a thread: every second each rank counts up its own key in the group's store and reads the others'."""
+    """Ends this process within 60 seconds, with a line that names the rank, when another rank fails, dies or is frozen, or when
+    the launcher has gone. On a thread: every second each rank counts up its own key in the group's store and reads the others'."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world, self.attempt = rank, world, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -94,16 +101,16 @@ class Watch:
         return f"watch/{self.attempt}/{name}"
 
     def look(self) -> None:
-        seen = {rank: (0, time.monotonic()) for rank in range(self.world)}
+        seen, pause = {rank: (0, time.monotonic()) for rank in range(self.world)}, min(1, SILENCE / 10)
         try:
-            while not self.ended.wait(min(1, SILENCE / 10)):
+            while not self.ended.wait(pause):
                 self.store.add(self.key(self.rank), 1)
                 for rank, (beats, since) in seen.items():
                     now = self.store.add(self.key(rank), 0)
                     if now != beats:
                         seen[rank] = now, time.monotonic()
                     elif time.monotonic() > since + SILENCE:
-                        self.tell(f"rank {rank} has been silent for {SILENCE} s: it died or hangs")
+                        self.tell(f"rank {rank} has been silent for {SILENCE} s: it died or is frozen")
                 if self.store.check([self.key("failed")]):
                     why = self.store.get(self.key("failed")).decode()
                     return self.stop(why, SILENCE / 15 * (1 if self.rank else 2))  # rank 0 may have the store
@@ -121,28 +128,29 @@ class Watch:
         if not self.store.check([self.key("failed")]):
             self.store.set(self.key("failed"), why)
 
-    def fail(self, error: BaseException, wait: bool) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell the others that this rank fails; if it does so for want of another, wait until that one is named."""
-        if wait and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
             time.sleep(SILENCE + 10)
-        self.end()
-        with suppress(RuntimeError, OSError):
-            self.tell(f"rank {self.rank} failed: {error}".split("\n")[0])
+        self.end(f"rank {self.rank} failed: {error}".split("\n")[0])
 
-    def end(self) -> None:
-        """No thread may be left when Python ends: it would take the process down."""
+    def end(self, why: str = "") -> None:
+        """Tell the others why, if they have to end, too. No thread may be left when Python ends: it would take the process down."""
         self.ended.set()
         self.thread.join()
+        with suppress(RuntimeError, OSError):
+            if why:
+                self.tell(why)
 
 
 class Extras:
     """A run's. Each method is what notify() of that name does."""
 
     def __init__(self) -> None:
-        self.file = self.keeper = self.auditor = self.watch = self.program = None
+        self.file = self.keeper = self.auditor = self.watch = self.program = self.learner = None
         self.begun = self.full = self.sampled = False
         self.stamps = {}
-        self.clock = time.perf_counter()
+        self.clock = self.last = time.perf_counter()
 
     def start(self, s: Any, program: ModuleType) -> str:
         """Before the log is opened. "training" or "scoring" if the run goes on from a checkpoint, else "". Raises RunError."""
@@ -152,16 +160,23 @@ class Extras:
         self.program, self.s, self.bar = program, s, Progress()
         if program.world_size() > 1:
             self.watch = Watch(program.rank(), program.world_size())
-        if s.audit:
-            self.auditor = import_module("tools.audit").Audit(program, s)
         if s.checkpoint_every or s.resume:
-            self.keeper = import_module("tools.checkpoint").Keeper(program, s)
+            self.keeper = import_module("tools.checkpoint").Keeper(program, s, self.watch)
         self.resumed = self.keeper.state.get("phase", "") if self.keeper else ""
+        if s.audit:
+            self.auditor = import_module("tools.audit").Audit(program, s, self.resumed)
+        if self.resumed and program.rank() == 0:
+            for suffix in ("txt", "jsonl"):
+                drop_torn_line(Path(f"logs/{s.run_id}.{suffix}"))
         return self.resumed
 
     def settings(self, s: Any) -> None:
         """Those that hold, an artifact's included."""
-        self.s = s
+        s.run_id = s.run_id or self.s.run_id
+        self.s, own = s, torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self.devices = [own] * self.program.world_size()
+        if self.watch:
+            dist.all_gather_object(self.devices, own)
 
     def event(self, name: str, values: dict) -> str:
         """On rank 0: add to the values what only this folder knows, write them, return what to add to the line."""
@@ -202,7 +217,9 @@ class Extras:
         return " tokens/s:{tokens_per_second:.0f} memory:{memory:.0f}MiB left:{left:.0f}s".format_map(values)
 
     def add_to_machine(self, values: dict) -> str:
-        values["python"] = platform.python_version()
+        values |= {"torch": torch.__version__, "python": platform.python_version()}
+        if len({*self.devices}) > 1:
+            values["hardware"] = " + ".join(self.devices)
         return ""
 
     def add_to_trained(self, values: dict) -> str:
@@ -214,7 +231,7 @@ class Extras:
         values["took"] = time.perf_counter() - self.last
         return ""
 
-    add_to_compiled = add_to_quantized
+    add_to_compiled = add_to_warm_up = add_to_quantized
 
     def add_to_size(self, values: dict) -> str:
         """How the artifact's bytes are shared out: its xz stream, the rest is the code of the integers."""
@@ -227,6 +244,8 @@ class Extras:
         return ""
 
     def progress(self, stage: str, done: float) -> None:
+        if stage in ("roundtrip", "sliding", "streaming", "TTT") and not self.begun:
+            stage = "compilation"
         if self.program and stage and self.program.rank() == 0:
             self.bar.report(self.program, stage, done)
         if self.keeper and stage:
@@ -242,15 +261,17 @@ class Extras:
 
     def resume(self, trainer: Any, averages: Any) -> tuple[int, float] | None:
         """(step, seconds of training so far), with everything as it then was."""
-        return self.keeper and self.keeper.resume(trainer, averages)
+        found = self.keeper and self.keeper.resume(trainer, averages)
+        self.sampled = averages.samples > 0
+        return found
 
-    def step(self, trainer: Any, averages: Any, step: int, elapsed: float) -> None:
-        """`step` steps are done, in `elapsed` seconds."""
+    def step(self, trainer: Any, averages: Any, step: int, elapsed: float, last: bool) -> None:
+        """`step` steps are done, in `elapsed` seconds; perhaps the last one."""
         if self.program and averages.samples and not self.sampled:
             self.sampled = True
             self.program.log("swa", step=step - 1)
         if self.keeper:
-            self.keeper.step(trainer, averages, step, elapsed)
+            self.keeper.step(trainer, averages, step, elapsed, last)
 
     def not_finite(self, optimizers: Any, loss: float) -> str:
         """The first tensor that is so: the loss or, by its name, a gradient. All ranks ask."""
@@ -259,14 +280,16 @@ class Extras:
         if not self.program:
             return ""
         finite = self.program.all_reduce(optimizers.norms.clone()).isfinite().tolist()
-        return ", first in " + ("the loss" if not math.isfinite(loss) else f"the gradient of {names[id(params[finite.index(False)])]}")
+        if not math.isfinite(loss):
+            return ", first in the loss"
+        return next((f", first in the gradient of {names[id(p)]}" for p, good in zip(params, finite) if not good), "")
 
     def scoring(self, artifact: Path, tokenizer: Any) -> float:
         """Scoring begins; the seconds it took before the run was resumed."""
         self.begun = True
         if self.auditor:
             self.auditor.begin(artifact, tokenizer)
-        return self.keeper.begin_scoring() if self.keeper else 0.0
+        return self.keeper.begin_scoring(artifact) if self.keeper else 0.0
 
     def scored(self, stage: str) -> Any:
         """A stage begins; what it has given before the run was resumed."""
@@ -274,7 +297,11 @@ class Extras:
         return self.keeper and self.keeper.scores.get(stage)
 
     def stage(self, name: str, score: Any) -> None:
-        """A stage has its score."""
+        """A stage has its score. Raises RunError if that is no number."""
+        if self.program and not math.isfinite(score.nats):
+            weights = self.learner.model.named_parameters() if self.learner else ()
+            where = next((f", first in {weight}" for weight, w in weights if not w.isfinite().all()), "")
+            raise self.program.RunError(f"{name}: the loss is {score.nats}{where}; lower TTT_LR or the learning rates")
         if self.auditor and self.begun:
             self.auditor.stage(name, score)
         if self.program:
@@ -283,34 +310,39 @@ class Extras:
                              memory=peak_memory())
         if self.keeper:
             self.keeper.stage(name, score)
+        if name == "averaged":
+            self.progress("quantizing and coding", 0)
 
     def resume_ttt(self, learner: Any) -> list | None:
         """The records of the chunks done, with the learner as it then was."""
         return self.keeper.resume_ttt(learner) if self.keeper and self.begun else None
 
     def chunk(self, learner: Any, records: list) -> None:
+        self.learner = learner
         if self.keeper and self.begun:
             self.keeper.chunk(learner, records)
 
     def end(self) -> None:
-        if self.watch:
-            self.watch.end()
-        found = self.auditor and self.auditor.end()
-        if self.keeper:
-            self.keeper.end()
-        if found:
+        if self.auditor:
+            found = self.auditor.end()
             self.program.log("audit", violations=len(found["violations"]), share=found["share"])
             if found["violations"]:
                 raise self.program.RunError("audit: " + "; ".join(found["violations"]))
+        if self.keeper:
+            self.keeper.end()
+        if self.watch:
+            self.watch.end()
 
     def failed(self, error: BaseException) -> None:
         if self.file:
             self.bar.close()
             self.event("error", {"message": str(error)})
+        if self.keeper and self.keeper.terminated:
+            self.keeper.stop()  # the others stop, too, which is the error
         if self.keeper:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing can be saved any more
         if self.watch:
-            self.watch.fail(error, wait=not (self.keeper and self.keeper.terminated))
+            self.watch.fail(error)
 
 
 extras = Extras()

@@ -308,9 +308,10 @@ def plot(paths: list[Path], out: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw one or several runs.")
     parser.add_argument("logs", type=Path, nargs="+", help="logs/RUN_ID.txt or .jsonl, or a log of the challenge's scripts")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--out", type=Path, help="PNG to write (the first log's name, with .png)")
     args = parser.parse_args(argv)
     try:
+        args.out = args.out or args.logs[0].with_suffix(".png")
         size = plot(args.logs, args.out)
     except (RunError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -56,7 +56,7 @@ def read_run(path: Path) -> Run:
         raise RunError(f"{path}: its settings lack {', '.join(lacking)}; run it again")
     try:
         audit = json.loads(beside.read_bytes())
-        if not isinstance(audit["violations"], list) or not isinstance(audit["hashes"], dict):
+        if not isinstance(audit["violations"], list) or not isinstance(audit["hashes"], dict) or not audit["stages"]:
             raise TypeError
     except FileNotFoundError:
         audit = None
@@ -148,7 +148,7 @@ def results(log: RunLog) -> dict[str, float]:
         steps=log.steps,
         ms_per_step=round(1000 * training.seconds / max(log.steps, 1), 3),
         train_seconds=round(training.seconds + averaged.seconds, 3),
-        eval_seconds=round(sum(stage.seconds for stage in scored), 3),
+        eval_seconds=round(sum(stage.seconds for stage in scored) + latest(log.events, "compiled").get("took", 0), 3),
         bytes_total=log.bytes_total)
 
 
