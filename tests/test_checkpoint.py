@@ -19,7 +19,8 @@ PLANTED = Path(__file__).with_name("planted.py")
 RESUMED = []  # trials that went on from a checkpoint
 TRIALS = int(os.environ.get("TRIALS", 10))
 CHECKPOINT = Path("logs/tiny.ckpt")
-ALWAYS = dict(ITERATIONS=12, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=12, LATE_QAT_THRESHOLD=0.7, TTT_CHUNK_TOKENS=64, TTT_BATCH_SEQS=2)  # QAT from step 4
+ALWAYS = dict(ITERATIONS=12, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=12, LATE_QAT_THRESHOLD=0.7,  # QAT from step 4
+              TTT_CHUNK_TOKENS=64, TTT_BATCH_SEQS=2)
 SAFE = ALWAYS | dict(CHECKPOINT_EVERY=0.01, RESUME="auto")
 MODES = [{}, dict(EVAL_MODE="streaming"), dict(TTT_MUON=0), dict(EVAL_MODE="streaming", TTT_MUON=0)]
 NO_QAT = dict(LATE_QAT=0)  # rounding would magnify what differs in the last bit
@@ -134,7 +135,8 @@ def test_scoring_goes_on_with_the_same_artifact_and_text_only(folder):
 def test_sigterm_in_training_and_in_ttt_stops_a_run_that_goes_on_later(folder, undisturbed, world):
     seen = []
     for fault in ("sigterm", "sigterm in TTT"):
-        for result in tiny.finish(start(folder, fault, world=world, **ALWAYS, **MODES[1], CHECKPOINT_EVERY=60, RESUME="auto"), 60):
+        ranks = start(folder, fault, world=world, **ALWAYS, **MODES[1], CHECKPOINT_EVERY=60, RESUME="auto")
+        for result in tiny.finish(ranks, 60):
             assert (result.status, result.err) == (tools.checkpoint.STOPPED, "") and (folder / CHECKPOINT).exists()
             if result.out:
                 assert result.out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
@@ -172,7 +174,8 @@ def test_another_number_of_processes_goes_on_from_the_same_state(resumable, undi
     assert (result.status, result.err) == (0, "")
     losses = events_of(resumable, "step")[step + 1]["train_loss"], undisturbed(None)[3][step + 1]["train_loss"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # later on, Muon's bf16 magnifies the order of the sums
-    loss, other = (float(re.search(r"val_loss:(\S+)", line)[1]) for line in (undisturbed(None)[1], result.out.splitlines()[-1]))
+    lines = undisturbed(None)[1], result.out.splitlines()[-1]
+    loss, other = (float(re.search(r"val_loss:(\S+)", line)[1]) for line in lines)
     assert other == pytest.approx(loss, abs=1e-3)
 
 
@@ -182,7 +185,8 @@ def test_another_number_of_processes_goes_on_from_the_same_state(resumable, undi
     (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], {}, "altered"),
     (lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:], {}, "altered"),
     (lambda data: tools.checkpoint.MAGIC + hashlib.sha256(b"x").digest() + b"x", {}, "not of this version's format"),
-    (lambda data: data, dict(NUM_LAYERS=3), "made with NUM_LAYERS=2, not 3"), (lambda data: data, dict(SEED=2), "made with SEED=1337, not 2"),
+    (lambda data: data, dict(NUM_LAYERS=3), "made with NUM_LAYERS=2, not 3"),
+    (lambda data: data, dict(SEED=2), "made with SEED=1337, not 2"),
 ], ids=["empty", "header", "byte", "half", "flip", "flip early", "no torch file", "layers", "seed"])
 def test_what_is_no_checkpoint_of_this_run_is_refused_and_nothing_is_lost(resumable, change, settings, told):
     (resumable / CHECKPOINT).write_bytes(change((resumable / CHECKPOINT).read_bytes()))

@@ -41,7 +41,8 @@ def test_a_terminal_shows_a_bar_that_makes_room_for_lines(monkeypatch):
     bar.report(program, "scoring", 0.5)
     bar.close()
     drawn = sys.stderr.getvalue()
-    assert re.search(r"training +0%.*training +25%.*scoring", drawn, re.S) and program.lines == [] and sys.stdout.getvalue() == ""
+    assert re.search(r"training +0%.*training +25%.*scoring", drawn, re.S)
+    assert program.lines == [] and sys.stdout.getvalue() == ""
 
 
 def test_elsewhere_there_is_a_line_every_ten_seconds_with_the_seconds_left(monkeypatch):
@@ -56,7 +57,8 @@ def test_elsewhere_there_is_a_line_every_ten_seconds_with_the_seconds_left(monke
 
 
 def test_every_event_of_a_run_is_in_the_readme_with_its_values(folder):
-    assert tiny.run(folder, ITERATIONS=12, WARMDOWN_ITERS=12, VAL_LOSS_EVERY=2, AUDIT=1, CHECKPOINT_EVERY=0.001).status == 0
+    settings = dict(ITERATIONS=12, WARMDOWN_ITERS=12, VAL_LOSS_EVERY=2, AUDIT=1, CHECKPOINT_EVERY=0.001)
+    assert tiny.run(folder, **settings).status == 0
     events = [json.loads(line) for line in (folder / "logs/tiny.jsonl").read_text().splitlines()]
     table = {name: line for line in README.read_text("utf-8").splitlines() if line.startswith("| `")
              for name in re.findall(r"`(\w+)`", line.split("|")[1])}

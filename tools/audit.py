@@ -690,14 +690,16 @@ def differences(found: dict, run: dict) -> list[tuple[str, str]]:
     """(check, violation) where the audit of the artifact alone has found another thing than the run's own. Raises KeyError."""
     lines = [(f"same {what}", f"another {what} than the run's: SHA-256 {found['hashes'][what]}, not {run['hashes'][what]}")
              for what in found["hashes"] if found["hashes"][what] != run["hashes"][what]]
-    tolerance = 1e-6 if found["processes"] == run["processes"] else 1e-4
+    alike = found["processes"] == run["processes"]
+    tolerance, hint = (1e-6, "") if alike else (1e-4, f"; repeat it on {run['processes']} processes")  # relative
     if found["stages"].keys() != run["stages"].keys():
         lines.append(("same scores", f"other stages than the run's: {[*found['stages']]}, not {[*run['stages']]}"))
     for name in found["stages"].keys() & run["stages"].keys():
         own, other = found["stages"][name], run["stages"][name]
         for what in ("val_loss", "val_bpb"):
-            if not abs(own[what] - other[what]) <= tolerance:
-                lines.append(("same scores", f"{name}: another {what} than the run's: {own[what]:.8f}, not {other[what]:.8f}"))
+            if not abs(own[what] - other[what]) <= tolerance * other[what]:
+                lines.append(("same scores", f"{name}: another {what} than the run's: {own[what]:.8f}, not "
+                              f"{other[what]:.8f}{hint}"))
         epochs, others = ([chunk[1::3] for chunk in stage.get("chunks", [])] for stage in (own, other))
         wrong = [chunk for chunk in others if chunk not in epochs]
         if wrong:

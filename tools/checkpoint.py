@@ -1,15 +1,15 @@
 """Checkpoints of a run of train_gpt.py, in one file, logs/RUN_ID.ckpt, from which RESUME=path or RESUME=auto goes on.
 
-The file: 8 bytes MAGIC, the SHA-256 of all that follows, what torch.save() made of a dict: `made_by` (source and settings, which
-must be the resuming run's; the number of processes need not), `phase`, and
+The file: 8 bytes MAGIC, the SHA-256 of all that follows, what torch.save() made of a dict: `made_by` (source and settings,
+which must be the resuming run's; the number of processes need not), `phase`, and
 
     training: step, elapsed (seconds of training), weights, AdamW's state, Muon's momentum of whole banks, averages and their
               samples, the quantizer's base steps and knob, the state of the random number generators
     scoring:  SHA-256 of what it reads, scores and seconds of the stages that are done; in TTT also sums and epochs of the
               chunks done, weights, keys and values of the past, SGD's state. The weights to begin with are in the artifact.
 
-A file is written whole, under another name, and then takes the old one's place, which stays as logs/RUN_ID.ckpt.previous: should
-the last state already lead to numbers that are none, there is the one before.
+A file is written whole, under another name, and then takes the place of the one before, which stays as
+logs/RUN_ID.ckpt.previous: should the last state already lead to numbers that are none, that one may not.
 Training waits only for the copy to main memory; a thread writes.
 """
 import hashlib
@@ -17,8 +17,8 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,8 +53,8 @@ def write(path: Path, state: dict) -> None:
             os.fsync(out.fileno())
         previous = Path(f"{path}.previous")
         previous.unlink(missing_ok=True)
-        if path.exists():
-            os.link(path, previous)  # there is a whole checkpoint at path at any moment
+        with suppress(OSError):  # there is none yet, or the file system has no links
+            os.link(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -177,7 +177,8 @@ class Keeper:
             return None
         shards = [len(shard) for shard in trainer.shards]
         if state["shards"] != shards:
-            raise program.RunError(f"checkpoint {self.source}: made with train shards of {state['shards']} tokens, not {shards}")
+            raise program.RunError(f"checkpoint {self.source}: made with train shards of {state['shards']} tokens, "
+                                   f"not {shards}")
         optimizers, device = trainer.optimizers, trainer.device
         program.copy_weights(trainer.weights, [w.to(device) for w in state["weights"]])
         optimizers.adamw.load_state_dict(state["adamw"])

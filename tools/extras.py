@@ -84,7 +84,7 @@ class Progress:
 
 class Watch:
     """Ends this process within 60 seconds, with a line that names the rank, when another rank fails, dies or is frozen, or when
-    the launcher has gone. On a thread: every second each rank counts up its own key in the group's store and reads the others'."""
+    the launcher has gone. On a thread: every second each rank counts up its key in the group's store and reads the others'."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world, self.attempt = rank, world, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -135,7 +135,7 @@ class Watch:
         self.end(f"rank {self.rank} failed: {error}".split("\n")[0])
 
     def end(self, why: str = "") -> None:
-        """Tell the others why, if they have to end, too. No thread may be left when Python ends: it would take the process down."""
+        """Tell the others why, if they have to end, too. A thread that is left when Python ends would take the process down."""
         self.ended.set()
         self.thread.join()
         with suppress(RuntimeError, OSError):
@@ -306,8 +306,8 @@ class Extras:
             self.auditor.stage(name, score)
         if self.program:
             self.eval_time = 1000 * (time.perf_counter() - self.began + (self.keeper.spent(name) if self.keeper else 0))
-            self.program.log("took", "{stage} eval_time:{ms:.0f}ms, peak memory {memory:.0f} MiB", stage=name, ms=self.eval_time,
-                             memory=peak_memory())
+            self.program.log("took", "{stage} eval_time:{ms:.0f}ms, peak memory {memory:.0f} MiB", stage=name,
+                             ms=self.eval_time, memory=peak_memory())
         if self.keeper:
             self.keeper.stage(name, score)
         if name == "averaged":
