@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, arange, cat, nn, no_grad, stack
 
 class RunError(Exception):
-	"""What the user can put right, in a line."""
+	"""What the user can put right."""
 
 try:
 	from tools.extras import notify
@@ -146,7 +146,7 @@ FIELDS = {name: Setting(literal_eval(default), float(low or 0), float(high or 1e
 BEST = dict(eval_mode="streaming", ttt_entropy_adapt=0, ttt_lr=0.01, ttt_epochs=1, ttt_chunk_tokens=2048, ttt_decay=0.005)
 RECIPES = dict(record={name: FIELDS[name.upper()].default for name in BEST}, best=BEST)
 Settings = make_dataclass("Settings", [(name.lower(), type(f.default), f.default) for name, f in FIELDS.items()])
-PREFIXES = {name.split("_")[0] for name in FIELDS} - {*"ARTIFACT DATA HEAD MAX MODEL NUM RUN SEED".split()}  # others' too
+PREFIXES = {name.split("_")[0] for name in FIELDS} - {*"ARTIFACT DATA HEAD MAX MODEL NUM RUN SEED".split()}
 KINDS = {int: "an integer", float: "a number", str: "text", tuple: "integers separated by commas"}
 RULES = """
 MODEL_DIM % (2 * NUM_HEADS) == 0
@@ -265,7 +265,7 @@ def timer():
 	start = time.perf_counter()
 	return lambda: time.perf_counter() - start
 
-outputs, lost = [None], []  # stdout
+outputs, lost = [None], []
 
 def log(event, template="", **values):
 	"""On rank 0; without a template, names and values. A full disk ends a log, and the run only at its end."""
@@ -413,7 +413,7 @@ def choose_attention(device):
 	"""(name, function): FlashAttention 3 if it runs here, else PyTorch's."""
 	try:
 		from flash_attn_interface import flash_attn_func
-		attention = lambda q, k, v, band=None: flash_attn_func(  # -1: no limit
+		attention = lambda q, k, v, band=None: flash_attn_func(
 				q, k, v, causal=True, window_size=(k.size(1) - q.size(1) - 1, 0))
 		attention(*[torch.zeros(1, 128, 8, 64, device=device, dtype=torch.bfloat16)] * 3)
 		return "FlashAttention 3", attention
@@ -715,7 +715,7 @@ def calibrate(model, tokens, seq_len):
 	sums = [*moments, *fisher.values()]
 	all_reduce_list(sums)
 	torch._foreach_div_(sums, count)
-	sums[-1].cpu()  # wait: this is timed
+	sums[-1].cpu()  # this is timed
 	return dict(zip(("qkv", "o", "up", "down"), moments)), fisher
 
 @no_grad()
@@ -1275,7 +1275,7 @@ def run(s):
 def main():
 	try:
 		if sys.argv[1:] == ["--help"]:
-			print(__doc__ + TABLE)
+			print(__doc__ + TABLE, flush=True)
 		elif sys.argv[1:]:
 			raise RunError(f"unknown argument {sys.argv[1]}, see --help")
 		else:
@@ -1292,4 +1292,4 @@ def main():
 		return 2
 
 if __name__ == "__main__":
-	sys.exit(main())
+	os._exit(main())  # threads of PyTorch may abort a normal exit

@@ -3,6 +3,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,11 @@ def on_last_rank(fault):
     strike(fault if last else lambda trainer: None)
 
 
+def between_reads(fault):
+    """What shrinks between the look at its size and the read, microseconds later, ends a process by SIGBUS."""
+    strike(lambda trainer: (time.sleep(0.3), fault()))
+
+
 def fail(trainer):
     raise ValueError("a planted fault")
 
@@ -65,9 +71,9 @@ FAULTS = {
     "sigterm in warm-up": lambda: strike(terminate, T.Trainer, "warm_up", 0),
     "sigterm in choice": lambda: strike(terminate, T.Trainer, "choose", 0),
     "sigterm in export": lambda: strike(terminate, T, "pack_artifact", 0),
-    "vanish": lambda: strike(lambda trainer: SHARD.unlink()),
-    "shrink": lambda: strike(lambda trainer: os.truncate(SHARD, 2000)),
-    "change": lambda: strike(lambda trainer: SHARD.write_bytes(SHARD.read_bytes()[::-1])),
+    "vanish": lambda: between_reads(SHARD.unlink),
+    "shrink": lambda: between_reads(lambda: os.truncate(SHARD, 2000)),
+    "change": lambda: between_reads(lambda: SHARD.write_bytes(SHARD.read_bytes()[::-1])),
     "spoil": spoil_gradient,
     "limit": lambda size: limit_files(int(size)),
     "none": lambda: None,

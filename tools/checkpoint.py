@@ -150,19 +150,19 @@ class Keeper:
         self.looping, self.asked, self.gap, self.next = True, (position, time.monotonic()), 1, position + 1
 
     def stop_if_asked(self) -> None:
-        """After SIGTERM, on all ranks: end once the state is on disk. Raises SystemExit."""
+        """After SIGTERM, on all ranks: end once the state is on disk."""
         if self.terminated:
             self.program.together(self.report, 1)
             self.stop()
 
     def stop(self, others: str = "") -> None:
-        """Raises SystemExit. `others`: what to tell the other ranks unless they stop, too."""
+        """End this process. `others`: what to tell the other ranks unless they stop, too."""
         self.report()
         self.program.log("stopped", f"stopped by SIGTERM; {'go on with RESUME={path}' if self.saved else 'nothing is saved'}",
                          path=str(self.saved or ""))
         if self.watch:
             self.watch.end(others)
-        raise SystemExit(STOPPED)
+        os._exit(STOPPED)  # threads of PyTorch may abort a normal exit
 
     def progress(self) -> None:
         """Outside of the loops all that can be saved is: end at once."""
