@@ -726,7 +726,7 @@ def table(found: dict, compared: bool) -> str:
 def main(argv: list[str] | None = None) -> None:
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
     import train_gpt as T
-    from bench import Parser
+    from bench import Parser, compile_newton_schulz
     parser = Parser(description="Check the scoring of an artifact against the challenge's rules.")
     parser.add_argument("artifact", type=Path, help="logs/RUN_ID.bin")
     parser.add_argument("shards", type=Path, help="folder of the validation shards")
@@ -741,8 +741,7 @@ def main(argv: list[str] | None = None) -> None:
             differences(run, run)  # an error now, not after minutes
         device = T.start_processes()
         if device.type == "cuda":
-            torch._dynamo.config.recompile_limit = 64
-            T.newton_schulz = torch.compile(T.newton_schulz, dynamic=False, fullgraph=True)
+            compile_newton_schulz()
         found = audit_artifact(T, args.artifact, environ, device)
         lines = [] if run is None else differences(found, run)
     except (T.RunError, OSError) as e:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -521,15 +521,20 @@ def choose_attention(name: str | None, device: torch.device, s) -> tuple[str, Ca
     return kernel, attention
 
 
+def compile_newton_schulz() -> None:
+    """As train_gpt.py does on a GPU before it makes a model."""
+    torch._dynamo.config.recompile_limit = 64
+    T.newton_schulz = torch.compile(T.newton_schulz, dynamic=False, fullgraph=True)
+
+
 def run(args: argparse.Namespace) -> dict:
     """Set this process up as train_gpt.py does, and measure."""
     s, device = T.parse_settings(os.environ), T.start_processes()
     cuda = device.type == "cuda"
     compiled = (cuda or args.compile) and os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1"
     if compiled:
-        torch._dynamo.config.recompile_limit = 64
         torch._inductor.config.cpp.enable_kernel_profile = True  # gives kernels on a CPU names
-        T.newton_schulz = torch.compile(T.newton_schulz, dynamic=False, fullgraph=True)
+        compile_newton_schulz()
     kernel, attention = choose_attention(args.attention, device, s)
     dtype = torch.bfloat16 if cuda else torch.float32
     bench = Bench(s, device, attention, dtype, compiled, args.steps, args.shards, args.profile)
@@ -552,6 +557,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """What the user can put right ends the process with a line; the group of processes ends in any case."""
+    try:
+        yield
+    except (RunError, OSError) as e:
+        sys.exit(f"error: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Measure speed on this machine; settings are train_gpt.py's environment variables.")
     parser.add_argument("bench", choices=BENCHES, help="what to measure")
@@ -563,7 +580,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures as a line of JSON; - prints just that")
     args = parser.parse_args(argv)
     args.steps = args.steps or (3 if args.bench == "artifact" else 20)
-    try:
+    with ends_in_one_line():
         for path in (args.profile, args.json and args.json != "-" and Path(args.json)):
             if path and not path.parent.is_dir():
                 raise RunError(f"{path}: no such folder")
@@ -576,11 +593,6 @@ def main(argv: list[str] | None = None) -> None:
             print(line if args.json == "-" else report(found), flush=True)
             if args.json not in (None, "-"):
                 T.write_atomically(Path(args.json), f"{line}\n".encode())
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

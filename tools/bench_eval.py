@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import train_gpt as T  # noqa: E402
-from bench import Parser, now, positive  # noqa: E402
+from bench import Parser, compile_newton_schulz, ends_in_one_line, now, positive  # noqa: E402
 from quant_report import read, settings_for  # noqa: E402
 from readme import scoring_report  # noqa: E402
 from train_gpt import RunError  # noqa: E402
@@ -105,24 +104,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--row", action="append", help="settings to compare, such as 'RECIPE=best TTT_LR=0.01'")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args(argv)
-    try:
+    with ends_in_one_line():
         if args.json and not args.json.parent.is_dir():
             raise RunError(f"{args.json}: no such folder")
         device = T.start_processes()
         if device.type == "cuda":
-            torch._dynamo.config.recompile_limit = 64
-            T.newton_schulz = torch.compile(T.newton_schulz, dynamic=False, fullgraph=True)
+            compile_newton_schulz()
         machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
         say(time.strftime("%Y-%m-%d ") + f"bench_eval.py {args.file.name} {args.shard.name}")
         found = dict(machine=f"{T.world_size()} x {machine}", torch=torch.__version__, rows=measure(args, device))
         say("\n" + scoring_report(found))
         if args.json and T.rank() == 0:
             T.write_atomically(args.json, (json.dumps(found, indent=1) + "\n").encode())
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

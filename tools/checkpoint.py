@@ -235,7 +235,7 @@ class Keeper:
 
     def hashes(self, artifact: Path) -> dict[str, str]:
         """SHA-256 of what scoring reads. The artifact is on disk for good before a checkpoint of training makes way."""
-        with open(artifact, "rb+") as file:
+        with open(artifact, "rb") as file:
             os.fsync(file.fileno())
         paths = dict(artifact=artifact, tokenizer=Path(self.s.tokenizer_path)) | {
             f"shard {path.name}": path for path in sorted(Path(self.s.data_path).glob("fineweb_val_*.bin"))}

@@ -183,7 +183,7 @@ class Extras:
         if not self.program or name == "took":  # that is in `stage`, too
             return ""
         self.bar.clear()
-        more = getattr(self, f"add_to_{name}", lambda values: "")(values)
+        more = getattr(self, f"add_to_{name}", lambda values: None)(values) or ""
         if self.full:
             return more
         try:
@@ -200,12 +200,11 @@ class Extras:
             self.full = True
         return more
 
-    def add_to_settings(self, values: dict) -> str:
+    def add_to_settings(self, values: dict) -> None:
         fields, source = self.program.FIELDS, Path(self.program.__file__).read_bytes()
         values["settings"] = {name: self.program.show(getattr(self.s, name.lower())) for name in fields}
         values["changed"] = [name for name, f in fields.items() if getattr(self.s, name.lower()) != f.default]
         values |= {"source_sha256": hashlib.sha256(source).hexdigest(), "code_bytes": len(source)}
-        return ""
 
     def add_to_step(self, values: dict) -> str:
         """Tokens per second since the start of training, the peak of memory, the seconds left of training."""
@@ -216,32 +215,27 @@ class Extras:
         values |= {"tokens_per_second": s.train_batch_tokens * values["step"] / elapsed, "memory": peak_memory(), "left": left}
         return " tokens/s:{tokens_per_second:.0f} memory:{memory:.0f}MiB left:{left:.0f}s".format_map(values)
 
-    def add_to_machine(self, values: dict) -> str:
+    def add_to_machine(self, values: dict) -> None:
         values |= {"torch": torch.__version__, "python": platform.python_version()}
         if len({*self.devices}) > 1:
             values["hardware"] = " + ".join(self.devices)
-        return ""
 
-    def add_to_trained(self, values: dict) -> str:
+    def add_to_trained(self, values: dict) -> None:
         values["memory"] = peak_memory()
-        return ""
 
-    def add_to_quantized(self, values: dict) -> str:
+    def add_to_quantized(self, values: dict) -> None:
         """Seconds since the event before."""
         values["took"] = time.perf_counter() - self.last
-        return ""
 
     add_to_compiled = add_to_warm_up = add_to_quantized
 
-    def add_to_size(self, values: dict) -> str:
+    def add_to_size(self, values: dict) -> None:
         """How the artifact's bytes are shared out: its xz stream, the rest is the code of the integers."""
         with open(self.s.artifact_path or f"logs/{self.s.run_id}.bin", "rb") as file:
             values["side_bytes"] = 44 + int.from_bytes(file.read(44)[40:], "little")
-        return ""
 
-    def add_to_stage(self, values: dict) -> str:
+    def add_to_stage(self, values: dict) -> None:
         values |= {"eval_time": self.eval_time, "memory": peak_memory()}
-        return ""
 
     def progress(self, stage: str, done: float) -> None:
         if stage in ("roundtrip", "sliding", "streaming", "TTT") and not self.begun:
