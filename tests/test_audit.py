@@ -110,6 +110,15 @@ def test_the_log_of_chunks_is_in_order(clean):
         assert learnt == [span if e else None for span, e in zip(scored, epochs)]
 
 
+@pytest.mark.parametrize("settings", [dict(EVAL_STRIDE=64, TTT_ENABLED=0), dict(EVAL_MODE="streaming", TTT_CHUNK_TOKENS=64)],
+                         ids=["sliding", "streaming"])
+def test_windows_of_more_than_1024_tokens_are_audited_as_they_are(audited, settings):
+    """There the rotary base depends on the length of what is read at once."""
+    found = audited(EVAL_SEQ_LEN=1280, **settings)
+    assert found["violations"] == found["failed"] == []
+    assert all(stage["checks"]["sums"] for stage in found["stages"].values())
+
+
 def test_nothing_of_the_program_stays_changed(folder, audited):
     places = [(T.Scorer, "read"), (T.Scorer, "measure"), (T.Learner, "learn"), (T.Learner, "update"), (T, "windowed_chunks"),
               (T, "streamed_chunks"), (T, "score_first_ttt")]

@@ -159,12 +159,15 @@ class Read:
         self.grad = torch.is_grad_enabled()
         self.nll = self.scored = None
 
-    def again(self, tokens: Tensor, model: Any = None, rows: slice = slice(None), columns: int | None = None) -> Tensor:
-        """The scores with other tokens, perhaps by another model, of some rows and of the first columns only."""
+    def again(self, tokens: Tensor, model: Any = None, row: int | None = None, last: int | None = None) -> Tensor:
+        """The scores with other tokens, perhaps by another model, of one row only. Positions behind `last` read that one again,
+        so that the read is as long as it was: the rotary base depends on the length."""
         scorer = copy.copy(self.scorer)
         scorer.tokens, scorer.model = tokens, model or scorer.model
-        past = self.past and (list(self.past) if columns is None else [kv[:, rows] for kv in self.past])
-        return self.read(scorer, self.at[rows, :columns], self.matrices, past, self.ranks).detach()
+        at, past = self.at, self.past and list(self.past)
+        if row is not None:
+            at, past = at[row:row + 1].clamp(max=last), past and [kv[:, row:row + 1] for kv in past]
+        return self.read(scorer, at, self.matrices, past, self.ranks).detach()
 
 
 def gather(value: Any) -> list:
@@ -437,7 +440,7 @@ class Audit:
         tokens, model, nlls = read.scorer.tokens.clone(), Eager(read.scorer.model), []
         for token in range(V):
             tokens[p + 1] = token
-            nlls.append(read.again(tokens, model, slice(b, b + 1), t + 1)[0, t])
+            nlls.append(read.again(tokens, model, b, p)[0, t])
             if model.reads > 1:
                 return stage.fail("sums", f"a target was read before it was scored: that of position {p}")
         nlls = torch.stack(nlls).double()
