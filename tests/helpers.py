@@ -72,7 +72,7 @@ class PerTarget(T.Scorer):
 
     def measure(self, nll, at, begin, end):
         if not hasattr(self, "nll"):
-            self.nll = torch.full((self.targets,), math.nan, dtype=torch.float64)
+            self.nll = torch.full((self.targets,), math.nan, dtype=torch.float64, device=nll.device)
         scored = (begin <= at) & (at < end)
         assert self.nll[at[scored]].isnan().all()  # none is scored twice
         self.nll[at[scored]] = nll[scored].double()
