@@ -2,6 +2,7 @@
 
 What is imported in advance are libraries; the project's own code is imported, or run as a script, in the fork.
 """
+
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTEXT = multiprocessing.get_context("forkserver")  # its server is clean of what the tests do to this process
+CONTEXT = multiprocessing.get_context(
+    "forkserver"
+)  # its server is clean of what the tests do to this process
 CONTEXT.set_forkserver_preload(["pytest", "sentencepiece", "torch._dynamo"])
 
 
@@ -33,7 +36,12 @@ class Process:
 
     def __init__(self, command, folder, environment):
         self.outputs = [tempfile.NamedTemporaryFile("r", encoding="utf-8") for _ in range(2)]
-        arguments = [str(word) for word in command], str(folder), environment, *(file.name for file in self.outputs)
+        arguments = (
+            [str(word) for word in command],
+            str(folder),
+            environment,
+            *(file.name for file in self.outputs),
+        )
         self.process = CONTEXT.Process(target=become, args=arguments, daemon=True)
         self.process.start()
         self.terminate, self.kill = self.process.terminate, self.process.kill

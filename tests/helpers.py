@@ -1,4 +1,5 @@
 """Tiny models, made-up data, and the worker that every process of test_world_size.py runs."""
+
 import math
 import os
 from contextlib import contextmanager
@@ -9,10 +10,33 @@ import torch
 
 import train_gpt as T
 
-BASE = dict(VOCAB_SIZE=64, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, ROPE_DIMS=4, XSA_LAST_N=1,
-            BIGRAM_VOCAB_SIZE=40, BIGRAM_DIM=16, VE_DIM=8, VE_LAYERS="1,2", TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=256,
-            EVAL_SEQ_LEN=32, EVAL_STRIDE=8, VAL_BATCH_SIZE=1024, HOLDOUT_TOKENS=256, ITERATIONS=8, WARMUP_STEPS=0,
-            WARMDOWN_ITERS=8, MAX_WALLCLOCK_SECONDS=0, TTT_CHUNK_TOKENS=48, TTT_BATCH_SEQS=2, TTT_ENTROPY_ADAPT=0)
+BASE = dict(
+    VOCAB_SIZE=64,
+    NUM_LAYERS=3,
+    MODEL_DIM=32,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    MLP_MULT=2,
+    ROPE_DIMS=4,
+    XSA_LAST_N=1,
+    BIGRAM_VOCAB_SIZE=40,
+    BIGRAM_DIM=16,
+    VE_DIM=8,
+    VE_LAYERS="1,2",
+    TRAIN_SEQ_LEN=16,
+    TRAIN_BATCH_TOKENS=256,
+    EVAL_SEQ_LEN=32,
+    EVAL_STRIDE=8,
+    VAL_BATCH_SIZE=1024,
+    HOLDOUT_TOKENS=256,
+    ITERATIONS=8,
+    WARMUP_STEPS=0,
+    WARMDOWN_ITERS=8,
+    MAX_WALLCLOCK_SECONDS=0,
+    TTT_CHUNK_TOKENS=48,
+    TTT_BATCH_SEQS=2,
+    TTT_ENTROPY_ADAPT=0,
+)
 
 
 def settings(**extra):
@@ -87,7 +111,9 @@ def changed(tokens, i):
 
 def trainer_of(folder, **extra):
     """A Trainer on the shards in folder; `measured` collects what each step returns."""
-    trainer = T.Trainer(settings(DATA_PATH=folder, **extra), torch.device("cpu"), T.torch_attention, torch.float32)
+    trainer = T.Trainer(
+        settings(DATA_PATH=folder, **extra), torch.device("cpu"), T.torch_attention, torch.float32
+    )
     trainer.measured, step = [], trainer.step
 
     def recorded(*args, **kwargs):
@@ -110,9 +136,15 @@ def undone(weights):
     T.copy_weights(weights, before)
 
 
-TTT_RUNS = dict(muon=dict(TTT_MUON=1), sgd=dict(TTT_MUON=0), frozen=dict(TTT_MUON=1, TTT_FREEZE_BLOCKS=1),
-                sgd_frozen=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=3))
-STREAM_RUNS = dict(stream_muon=dict(TTT_MUON=1, TTT_DECAY=0.01), stream_sgd=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1))
+TTT_RUNS = dict(
+    muon=dict(TTT_MUON=1),
+    sgd=dict(TTT_MUON=0),
+    frozen=dict(TTT_MUON=1, TTT_FREEZE_BLOCKS=1),
+    sgd_frozen=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=3),
+)
+STREAM_RUNS = dict(
+    stream_muon=dict(TTT_MUON=1, TTT_DECAY=0.01), stream_sgd=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1)
+)
 CHANGED = 150  # a token of the stream
 TTT_ADAPT = dict(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=3.45, TTT_ENTROPY_LOW=3, TTT_EPOCHS=2, TTT_LR=0.01)
 
@@ -120,8 +152,14 @@ TTT_ADAPT = dict(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=3.45, TTT_ENTROPY_LOW=3, 
 def worker(rank, world, folder, port):
     """Train, score and learn while scoring as one of `world` processes; leave what came out in WORLD-RANK.pt."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        CUDA_VISIBLE_DEVICES="",
+    )
     T.start_processes()
     trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, SWA_ENABLED=0, MATRIX_LR=0.01, BIGRAM_DIM=32)
     trainer.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)
@@ -134,7 +172,9 @@ def worker(rank, world, folder, port):
         found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_all(stride)
     found["streamed"] = scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)).stream_all()
     for name, extra in (TTT_RUNS | STREAM_RUNS).items():
-        s = settings(EVAL_STRIDE=24, EVAL_MODE="streaming" if name in STREAM_RUNS else "sliding", **TTT_ADAPT, **extra)
+        s = settings(
+            EVAL_STRIDE=24, EVAL_MODE="streaming" if name in STREAM_RUNS else "sliding", **TTT_ADAPT, **extra
+        )
         with undone(trainer.weights):
             scorer, learner = scorer_of(trainer.model, s, tokens), T.Learner(trainer.model, s)
             _, records = T.score_first_ttt(scorer, learner, s)

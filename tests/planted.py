@@ -1,4 +1,5 @@
 """train_gpt.py with a fault in it: `planted.py NAME [VALUE]`, for the tests of what a run survives and how it ends."""
+
 import os
 import resource
 import signal

@@ -1,5 +1,6 @@
 """The artifact gives back what the quantizer made, is as small as entropy allows, lands just under its limit, and is refused
 whole when any of it is wrong."""
+
 import hashlib
 import io
 import lzma
@@ -60,6 +61,7 @@ def refused(data):
 
 # Entropy coding
 
+
 def frequencies(symbols, size):
     counts = np.bincount(symbols, minlength=size)[None]
     return counts[0], T.frequencies(counts)
@@ -68,7 +70,11 @@ def frequencies(symbols, size):
 def test_frequencies_sum_up_however_many_integers_there_are():
     random = np.random.default_rng(0)
     for n, deviation in ((1, 1), (1536, 300), (100_000, 1000), (8191 * 3, 0), (2, 4000)):
-        symbols = np.arange(n) % 8191 if not deviation else np.clip(np.rint(random.normal(0, deviation, n)), -4095, 4095).astype(int) + 4095
+        symbols = (
+            np.arange(n) % 8191
+            if not deviation
+            else np.clip(np.rint(random.normal(0, deviation, n)), -4095, 4095).astype(int) + 4095
+        )
         counts, frequency = frequencies(symbols, 8191)
         assert frequency.sum() == 2**T.PRECISION and ((frequency[0] > 0) == (counts > 0)).all()
         if n > 10_000:  # in proportion, but for the least ones
@@ -84,7 +90,9 @@ def test_rans_is_within_a_thousandth_of_constriction_and_half_a_percent_of_the_e
     p = counts[counts > 0] / n
     coder = constriction.stream.stack.AnsCoder()
     rank = np.cumsum(counts > 0) - 1
-    coder.encode_reverse(rank[symbols].astype(np.int32), constriction.stream.model.Categorical(p, perfect=False))
+    coder.encode_reverse(
+        rank[symbols].astype(np.int32), constriction.stream.model.Categorical(p, perfect=False)
+    )
     assert len(code) <= 1.001 * 4 * len(coder.get_compressed())
     assert len(code) <= 1.005 * -(p * np.log2(p)).sum() * n / 8
     assert np.array_equal(T.rans_decode(frequency, np.zeros(n, np.uint8), code), symbols)
@@ -94,9 +102,15 @@ def test_rans_is_within_a_thousandth_of_constriction_and_half_a_percent_of_the_e
 def test_rans_gives_back_every_length_and_every_mix_of_contexts(n):
     random = np.random.default_rng(n)
     contexts = random.integers(3, size=n).astype(np.uint8)
-    symbols = (random.integers(5, size=n) * (contexts + 1)).astype(np.int16)  # a context has symbols of its own
-    tables = np.concatenate([frequencies(symbols[contexts == c] if (contexts == c).any() else np.zeros(1, int), 15)[1]
-                             for c in range(3)])
+    symbols = (random.integers(5, size=n) * (contexts + 1)).astype(
+        np.int16
+    )  # a context has symbols of its own
+    tables = np.concatenate(
+        [
+            frequencies(symbols[contexts == c] if (contexts == c).any() else np.zeros(1, int), 15)[1]
+            for c in range(3)
+        ]
+    )
     code = T.rans_encode(tables, contexts, symbols)
     assert np.array_equal(T.rans_decode(tables, contexts, code), symbols)
     for wrong in (code[:-2], code + b"\0\0"):
@@ -130,6 +144,7 @@ def test_integers_take_at_most_half_a_percent_more_than_their_matrices_entropy(l
 
 # Packing
 
+
 def test_the_artifact_gives_back_what_the_quantizer_made():
     calibrated = Calibrated()
     model, stored = calibrated.model, calibrated.quantized()
@@ -146,8 +161,11 @@ def test_the_artifact_gives_back_what_the_quantizer_made():
 
 
 def test_integers_of_all_sizes_are_kept():
-    stored = {"a": torch.tensor([[-T.MOST, 0, T.MOST], [0, 0, 0]], dtype=torch.int16), "a.scale": torch.ones(2, 1).half(),
-              "b": torch.tensor(0.5).half()}
+    stored = {
+        "a": torch.tensor([[-T.MOST, 0, T.MOST], [0, 0, 0]], dtype=torch.int16),
+        "a.scale": torch.ones(2, 1).half(),
+        "b": torch.tensor(0.5).half(),
+    }
     found = T.unpack_artifact(T.pack_artifact(settings(), "", stored), "x.bin")[2]
     assert all(torch.equal(found[name], t) for name, t in stored.items())
 
@@ -172,6 +190,7 @@ def test_an_export_that_cannot_fit_ends():
 
 # Bad artifacts
 
+
 def test_every_truncation_is_refused(artifact):
     lengths = [*range(60), *range(60, len(artifact))]
     assert all(refused(artifact[:length]) for length in lengths)
@@ -192,16 +211,24 @@ def test_mutations_behind_a_right_checksum_end_in_an_error_or_in_a_model_of_the_
     end, outcomes = 44 + int.from_bytes(artifact[40:44], "little"), []
     for i in range(200):
         body = bytearray(artifact[40:])
-        at = random.integers(0, 4) if i % 10 == 0 else random.integers(4, end - 40) if i % 2 else random.integers(end - 40, len(body))
+        at = (
+            random.integers(0, 4)
+            if i % 10 == 0
+            else random.integers(4, end - 40)
+            if i % 2
+            else random.integers(end - 40, len(body))
+        )
         if i % 3 == 0:
-            del body[at:at + random.integers(1, 9)]
+            del body[at : at + random.integers(1, 9)]
         elif i % 3 == 1:
-            body[at:at] = body[at:at + 8]
+            body[at:at] = body[at : at + 8]
         else:
             body[at] ^= 1 << random.integers(8)
         try:
             found = T.unpack_artifact(with_checksum(bytes(body)), "x.bin")[2]
-            assert {name: (t.shape, t.dtype) for name, t in found.items()} == {n: (t.shape, t.dtype) for n, t in good.items()}
+            assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+                n: (t.shape, t.dtype) for n, t in good.items()
+            }
         except T.RunError as e:
             assert "artifact x.bin" in str(e) and "\n" not in str(e)
             outcomes.append(i)
@@ -254,14 +281,42 @@ def test_other_formats_with_a_right_checksum_are_refused(artifact):
     good, header, numbers = npz(**arrays), arrays["header"], np.zeros(3, np.int8)
     less = {name: a for name, a in arrays.items() if name != "qo_bank.rows"}
     assert not refused(sealed(lzma.compress(good), code))
-    for side in (b"", good, artifact[44:200], *(lzma.compress(data) for data in (
-            b"", b"nothing", good[:-100], good[:200], npz(), npz(header=numbers), npz(header=header), npz(**less),
-            *(npz(header=np.frombuffer(text, np.uint8)) for text in (
-                b"[1]", b'{"settings": 3}', b'{"tokenizer": "", "settings": {"ve_layers": []}}')),
-            *(npz(**arrays | change) for change in (
-                dict(smear_gate=np.array(["text"])), {"qo_bank.rows": arrays["qo_bank.rows"] + 40},
-                {"qo_bank.rows": arrays["qo_bank.rows"][:-1]}, dict(frequency=2 * arrays["frequency"]),
-                dict(frequency=arrays["frequency"][:, 1:])))))):
+    for side in (
+        b"",
+        good,
+        artifact[44:200],
+        *(
+            lzma.compress(data)
+            for data in (
+                b"",
+                b"nothing",
+                good[:-100],
+                good[:200],
+                npz(),
+                npz(header=numbers),
+                npz(header=header),
+                npz(**less),
+                *(
+                    npz(header=np.frombuffer(text, np.uint8))
+                    for text in (
+                        b"[1]",
+                        b'{"settings": 3}',
+                        b'{"tokenizer": "", "settings": {"ve_layers": []}}',
+                    )
+                ),
+                *(
+                    npz(**arrays | change)
+                    for change in (
+                        dict(smear_gate=np.array(["text"])),
+                        {"qo_bank.rows": arrays["qo_bank.rows"] + 40},
+                        {"qo_bank.rows": arrays["qo_bank.rows"][:-1]},
+                        dict(frequency=2 * arrays["frequency"]),
+                        dict(frequency=arrays["frequency"][:, 1:]),
+                    )
+                ),
+            )
+        ),
+    ):
         assert refused(sealed(side, code)), side[:80]
     for other in (b"", code[:-2], code + b"\0\0", code[2:]):
         assert refused(sealed(lzma.compress(good), other))
@@ -269,6 +324,7 @@ def test_other_formats_with_a_right_checksum_are_refused(artifact):
 
 
 # Writing
+
 
 def test_a_written_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "x.bin"

@@ -1,4 +1,5 @@
 """The audit names each way to break the rules of scoring, finds nothing in the program, and changes no score."""
+
 import json
 import os
 import socket
@@ -16,8 +17,14 @@ CPU, ARTIFACT = torch.device("cpu"), Path("logs/tiny.bin")
 SETTINGS = tiny.SETTINGS | dict(TTT_LR=0.02, TTT_CHUNK_TOKENS=256, TTT_EPOCHS=2, TTT_ENTROPY_ADAPT=0)
 SLIDING, STREAMING = dict(TTT_ENABLED=0), dict(EVAL_MODE="streaming", TTT_ENABLED=0)
 WINDOWS, STREAM = dict(TTT_MUON=1), dict(EVAL_MODE="streaming", TTT_MUON=1)  # with TTT
-MODES = {"sliding": SLIDING, "streaming": STREAMING, "windows, Muon": WINDOWS, "windows, SGD": WINDOWS | dict(TTT_MUON=0),
-         "stream, Muon": STREAM, "stream, SGD": STREAM | dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1)}
+MODES = {
+    "sliding": SLIDING,
+    "streaming": STREAMING,
+    "windows, Muon": WINDOWS,
+    "windows, SGD": WINDOWS | dict(TTT_MUON=0),
+    "stream, Muon": STREAM,
+    "stream, SGD": STREAM | dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1),
+}
 
 
 def texts(settings):
@@ -32,7 +39,10 @@ def make_artifact(path, seed):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0 if p.dim() > 1 else 0.5, p.size(-1) ** -0.5 if p.dim() else 0.1, generator=generator)
-    steps = {name: w.detach().abs().amax(-1, keepdim=True).div(31).half().float() for name, w in model.quantized().items()}
+    steps = {
+        name: w.detach().abs().amax(-1, keepdim=True).div(31).half().float()
+        for name, w in model.quantized().items()
+    }
     fingerprint = T.load_tokenizer(path.parents[1] / "tokenizer.model", tiny.VOCAB_SIZE)[1]
     path.write_bytes(T.pack_artifact(s, fingerprint, T.quantize(model.state_dict(), steps)))
 
@@ -110,8 +120,11 @@ def test_the_log_of_chunks_is_in_order(clean):
         assert learnt == [span if e else None for span, e in zip(scored, epochs)]
 
 
-@pytest.mark.parametrize("settings", [dict(EVAL_STRIDE=64, TTT_ENABLED=0), dict(EVAL_MODE="streaming", TTT_CHUNK_TOKENS=64)],
-                         ids=["sliding", "streaming"])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(EVAL_STRIDE=64, TTT_ENABLED=0), dict(EVAL_MODE="streaming", TTT_CHUNK_TOKENS=64)],
+    ids=["sliding", "streaming"],
+)
 def test_windows_of_more_than_1024_tokens_are_audited_as_they_are(audited, settings):
     """There the rotary base depends on the length of what is read at once."""
     found = audited(EVAL_SEQ_LEN=1280, **settings)
@@ -120,8 +133,15 @@ def test_windows_of_more_than_1024_tokens_are_audited_as_they_are(audited, setti
 
 
 def test_nothing_of_the_program_stays_changed(folder, audited):
-    places = [(T.Scorer, "read"), (T.Scorer, "measure"), (T.Learner, "learn"), (T.Learner, "update"), (T, "windowed_chunks"),
-              (T, "streamed_chunks"), (T, "score_first_ttt")]
+    places = [
+        (T.Scorer, "read"),
+        (T.Scorer, "measure"),
+        (T.Learner, "learn"),
+        (T.Learner, "update"),
+        (T, "windowed_chunks"),
+        (T, "streamed_chunks"),
+        (T, "score_first_ttt"),
+    ]
     before = [getattr(owner, name) for owner, name in places]
     audited(**SLIDING)
     assert [getattr(owner, name) for owner, name in places] == before
@@ -159,12 +179,15 @@ def test_a_run_that_goes_on_in_ttt_is_audited_from_there(folder, monkeypatch, se
 
 # Each way to break a rule. A plant is given the function that it replaces.
 
+
 def ahead(n):
     def plant(embed):
         def peeking(self, tokens):
             x = embed(self, tokens)
             return x + F.pad(x, (0, 0, -n, n))
+
         return peeking
+
     return T.GPT, "embed", plant
 
 
@@ -172,6 +195,7 @@ def reads_the_target(read):
     def peeking(self, at, matrices, past, ranks=1):
         x = self.ids(torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1) + 1 if past else at + 1)
         return self.model(x, self.ids(at + 1), matrices, past, ranks)
+
     return peeking
 
 
@@ -183,6 +207,7 @@ def no_spaces(byte_tables):
     def tables(tokenizer):
         found = byte_tables(tokenizer)
         return found._replace(has_leading_space=torch.zeros_like(found.has_leading_space))
+
     return tables
 
 
@@ -190,6 +215,7 @@ def reads_a_training_shard(score_all):
     def read_and_score(self, *args):
         T.open_shard("data/fineweb_train_000000.bin")
         return score_all(self, *args)
+
     return read_and_score
 
 
@@ -197,6 +223,7 @@ def changes_weights_unseen(score_all):
     def changed(self, *args):
         self.model.tok_emb.data.mul_(1.01)
         return score_all(self, *args)
+
     return changed
 
 
@@ -205,11 +232,13 @@ def changes_weights(streamed_chunks):
         for chunk in streamed_chunks(scorer, learner, s, first):
             yield chunk
             T.copy_weights(learner.weights, [w * 1.01 for w in learner.weights])
+
     return chunks
 
 
 def learns_by_hand_before_it_scores(streamed_chunks):
     """Nothing but what is scored shows it: the weights are as they were before the score is given."""
+
     def chunks(scorer, learner, s, first=0):
         C, read = s.ttt_chunk_tokens, type(scorer).read
         for c, (_, learn) in enumerate(streamed_chunks(scorer, learner, s, first), first):
@@ -223,6 +252,7 @@ def learns_by_hand_before_it_scores(streamed_chunks):
             for w, b in zip(weights, before):
                 w.data.copy_(b)
             yield scorer.measure(nll, at, 0, scorer.targets), None
+
     return chunks
 
 
@@ -230,9 +260,10 @@ def learns_before_it_scores(windowed_chunks):
     def chunks(scorer, learner, s, first=0):
         C = s.ttt_chunk_tokens
         for c in range(first, -(-scorer.targets // C)):
-            learner.learn(scorer.tokens[c * C:(c + 1) * C + 1], 1, s.ttt_lr)
+            learner.learn(scorer.tokens[c * C : (c + 1) * C + 1], 1, s.ttt_lr)
             score, _ = next(windowed_chunks(scorer, learner, s, c))
             yield score, None
+
     return chunks
 
 
@@ -240,46 +271,120 @@ def learns_from_other_text(windowed_chunks):
     def chunks(scorer, learner, s, first=0):
         for score, _ in windowed_chunks(scorer, learner, s, first):
             yield score, lambda epochs: learner.learn(torch.arange(65).int(), epochs, s.ttt_lr)
+
     return chunks
 
 
 def learns_too_far(windowed_chunks):
     def chunks(scorer, learner, s, first=0):
         for c, (score, learn) in enumerate(windowed_chunks(scorer, learner, s, first)):
-            yield score, lambda epochs: learner.learn(scorer.tokens[c * 256 + 1:c * 256 + 514], epochs, s.ttt_lr)
+            yield (
+                score,
+                lambda epochs: learner.learn(scorer.tokens[c * 256 + 1 : c * 256 + 514], epochs, s.ttt_lr),
+            )
+
     return chunks
 
 
 PLANTS = {
     "peek one token ahead": (ahead(1), SLIDING, "sums", "a score is not that of its context alone"),
     "peek two tokens ahead": (ahead(2), STREAMING, "reads", "a later token was read"),
-    "read the target itself": ((T.Scorer, "read", reads_the_target), SLIDING, "sums", "a target was read before it was scored"),
-    "mix without a norm": ((T.GPT, "forward", unnormalised), STREAMING, "sums", "probabilities do not sum to 1"),
-    "mix without a norm, in TTT": ((T.GPT, "forward", unnormalised), STREAM,
-                                   "sums", "legal_ttt: probabilities do not sum to 1"),
-    "score twice": ((T, "plan_windows", lambda plan: lambda *args: torch.cat((plan(*args), plan(*args)[-1:]))), SLIDING,
-                    "positions", "scored twice: 11 positions, the first is 1488"),
-    "skip the tail": ((T, "plan_windows", lambda plan: lambda *args: plan(*args)[:-1]), SLIDING,
-                      "positions", "never scored: 11 positions, the first is 1488"),
-    "cut the text": ((T, "validation_tokens", lambda read: lambda *args: read(*args)[:-100]), SLIDING,
-                     "positions", "other text than the validation shards'"),
-    "count no leading spaces": ((T, "byte_tables", no_spaces), SLIDING,
-                                "bytes", "a document's bytes are not those of its text"),
-    "report a lower score": ((T, "score_of", lambda of: lambda sums: of(sums * torch.tensor([0.99, 1, 1]))), SLIDING,
-                             "totals", "nats of the score are not those recorded"),
-    "report more bytes": ((T, "score_of", lambda of: lambda sums: of(sums + torch.tensor([0, 0, 9]))), SLIDING,
-                          "bytes", "other bytes than the whole text's"),
-    "read a training shard": ((T.Scorer, "score_all", reads_a_training_shard), SLIDING,
-                              "files", "a file of no use to scoring was opened: "),
-    "change the weights": ((T, "streamed_chunks", changes_weights), STREAM, "weights", "the weights changed outside an update"),
-    "change the weights unseen": ((T.Scorer, "score_all", changes_weights_unseen), SLIDING,
-                                  "weights", "sliding_window: the stage does not start from the weights of the first one"),
-    "learn first": ((T, "windowed_chunks", learns_before_it_scores), WINDOWS, "order", "adapted on before it was scored"),
-    "learn first, unseen": ((T, "streamed_chunks", learns_by_hand_before_it_scores), STREAM,
-                            "chunks", "a chunk was scored with knowledge of its future"),
-    "learn from other text": ((T, "windowed_chunks", learns_from_other_text), WINDOWS,
-                              "order", "the weights learn from what is no part of the text that is scored"),
-    "learn too far": ((T, "windowed_chunks", learns_too_far), WINDOWS, "order", "adapted on before it was scored"),
+    "read the target itself": (
+        (T.Scorer, "read", reads_the_target),
+        SLIDING,
+        "sums",
+        "a target was read before it was scored",
+    ),
+    "mix without a norm": (
+        (T.GPT, "forward", unnormalised),
+        STREAMING,
+        "sums",
+        "probabilities do not sum to 1",
+    ),
+    "mix without a norm, in TTT": (
+        (T.GPT, "forward", unnormalised),
+        STREAM,
+        "sums",
+        "legal_ttt: probabilities do not sum to 1",
+    ),
+    "score twice": (
+        (T, "plan_windows", lambda plan: lambda *args: torch.cat((plan(*args), plan(*args)[-1:]))),
+        SLIDING,
+        "positions",
+        "scored twice: 11 positions, the first is 1488",
+    ),
+    "skip the tail": (
+        (T, "plan_windows", lambda plan: lambda *args: plan(*args)[:-1]),
+        SLIDING,
+        "positions",
+        "never scored: 11 positions, the first is 1488",
+    ),
+    "cut the text": (
+        (T, "validation_tokens", lambda read: lambda *args: read(*args)[:-100]),
+        SLIDING,
+        "positions",
+        "other text than the validation shards'",
+    ),
+    "count no leading spaces": (
+        (T, "byte_tables", no_spaces),
+        SLIDING,
+        "bytes",
+        "a document's bytes are not those of its text",
+    ),
+    "report a lower score": (
+        (T, "score_of", lambda of: lambda sums: of(sums * torch.tensor([0.99, 1, 1]))),
+        SLIDING,
+        "totals",
+        "nats of the score are not those recorded",
+    ),
+    "report more bytes": (
+        (T, "score_of", lambda of: lambda sums: of(sums + torch.tensor([0, 0, 9]))),
+        SLIDING,
+        "bytes",
+        "other bytes than the whole text's",
+    ),
+    "read a training shard": (
+        (T.Scorer, "score_all", reads_a_training_shard),
+        SLIDING,
+        "files",
+        "a file of no use to scoring was opened: ",
+    ),
+    "change the weights": (
+        (T, "streamed_chunks", changes_weights),
+        STREAM,
+        "weights",
+        "the weights changed outside an update",
+    ),
+    "change the weights unseen": (
+        (T.Scorer, "score_all", changes_weights_unseen),
+        SLIDING,
+        "weights",
+        "sliding_window: the stage does not start from the weights of the first one",
+    ),
+    "learn first": (
+        (T, "windowed_chunks", learns_before_it_scores),
+        WINDOWS,
+        "order",
+        "adapted on before it was scored",
+    ),
+    "learn first, unseen": (
+        (T, "streamed_chunks", learns_by_hand_before_it_scores),
+        STREAM,
+        "chunks",
+        "a chunk was scored with knowledge of its future",
+    ),
+    "learn from other text": (
+        (T, "windowed_chunks", learns_from_other_text),
+        WINDOWS,
+        "order",
+        "the weights learn from what is no part of the text that is scored",
+    ),
+    "learn too far": (
+        (T, "windowed_chunks", learns_too_far),
+        WINDOWS,
+        "order",
+        "adapted on before it was scored",
+    ),
 }
 
 
@@ -293,6 +398,7 @@ def test_what_breaks_a_rule_is_named(audited, monkeypatch, name):
 
 
 # From the artifact alone
+
 
 @pytest.fixture(scope="module")
 def run(folder):
@@ -315,6 +421,7 @@ def offline(folder, run, monkeypatch, capsys):
             audit.main([artifact, "data", "--tokenizer", "tokenizer.model", *arguments])
         out, err = capsys.readouterr()
         return int(end.value.code), out.splitlines(), err.splitlines()
+
     return main
 
 
@@ -322,7 +429,9 @@ def test_an_artifact_on_its_own_gives_what_the_run_gave(offline):
     status, lines, errors = offline()
     assert (status, errors) == (0, [])
     results = dict(line.split("(")[0].rsplit(maxsplit=1) for line in lines)
-    assert results == dict.fromkeys([*audit.CHECKS, "same artifact", "same code", "same scores", "same epochs"], "ok")
+    assert results == dict.fromkeys(
+        [*audit.CHECKS, "same artifact", "same code", "same scores", "same epochs"], "ok"
+    )
     assert any(line.startswith("positions") and "(4,497)" in line for line in lines)
 
 
@@ -336,7 +445,9 @@ def test_what_differs_from_the_run_is_named(folder, offline):
     status, lines, _ = offline()
     assert status == 1
     code, bpb, epochs = [line.removeprefix("violation: ") for line in lines if line.startswith("violation: ")]
-    assert code.startswith("another code than the run's") and bpb.startswith("legal_ttt: another val_bpb than the run's")
+    assert code.startswith("another code than the run's") and bpb.startswith(
+        "legal_ttt: another val_bpb than the run's"
+    )
     assert epochs.startswith("legal_ttt: other epochs than the run's: chunk 3 is the first; ")
 
 
@@ -348,11 +459,16 @@ def test_another_artifact_than_the_runs_is_named(folder, offline):
     assert any("legal_ttt: another val_bpb than the run's" in line for line in lines)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["logs/none.bin"], "logs/none.bin"), (["tokenizer.model"], "artifact tokenizer.model: truncated, altered or no artifact"),
-    (["logs/tiny.bin", "--compare", "none.json"], "none.json"),
-    (["logs/tiny.bin", "--compare", "logs/tiny.bin"], "logs/tiny.bin: no audit of a run"),
-    (["logs/tiny.bin", "--compare", "empty.json"], "empty.json: no audit of a run")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["logs/none.bin"], "logs/none.bin"),
+        (["tokenizer.model"], "artifact tokenizer.model: truncated, altered or no artifact"),
+        (["logs/tiny.bin", "--compare", "none.json"], "none.json"),
+        (["logs/tiny.bin", "--compare", "logs/tiny.bin"], "logs/tiny.bin: no audit of a run"),
+        (["logs/tiny.bin", "--compare", "empty.json"], "empty.json: no audit of a run"),
+    ],
+)
 def test_input_that_is_unusable_is_named_in_a_line(folder, offline, arguments, words):
     (folder / "empty.json").write_text("[]", "utf-8")
     status, _, errors = offline(*arguments)
@@ -362,12 +478,19 @@ def test_input_that_is_unusable_is_named_in_a_line(folder, offline, arguments, w
 
 # Two processes
 
+
 def worker(rank, folder, port):
     """Audit the program and one that learns first; leave what is found in folder/RANK.pt."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      CUDA_VISIBLE_DEVICES="")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        CUDA_VISIBLE_DEVICES="",
+    )
     device = T.start_processes()
     found = [audit.audit_artifact(T, ARTIFACT, texts(settings), device) for settings in (WINDOWS, STREAM)]
     T.windowed_chunks = learns_before_it_scores(T.windowed_chunks)
@@ -392,5 +515,6 @@ def test_two_processes_find_what_one_finds(folder, audited):
         alone = audited(**settings)
         assert audit.differences(found, alone) == []
         assert [chunk[1:] for chunk in found["stages"]["legal_ttt"]["chunks"]] == [
-            chunk[1:] for chunk in alone["stages"]["legal_ttt"]["chunks"]]
+            chunk[1:] for chunk in alone["stages"]["legal_ttt"]["chunks"]
+        ]
     assert any("adapted on before it was scored" in line for line in planted["violations"])

@@ -1,4 +1,5 @@
 """tools/bench_eval.py: ways to score, side by side, on the same weights and tokens."""
+
 import json
 from contextlib import chdir
 
@@ -8,8 +9,12 @@ import tiny
 
 import train_gpt as T
 
-ROWS = ["RECIPE=record TTT_ENABLED=0", "RECIPE=best TTT_ENABLED=0", "RECIPE=record TTT_CHUNK_TOKENS=256",
-        "RECIPE=best TTT_CHUNK_TOKENS=64 TTT_LR=0.01"]
+ROWS = [
+    "RECIPE=record TTT_ENABLED=0",
+    "RECIPE=best TTT_ENABLED=0",
+    "RECIPE=record TTT_CHUNK_TOKENS=256",
+    "RECIPE=best TTT_CHUNK_TOKENS=64 TTT_LR=0.01",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,16 @@ def run(folder, monkeypatch, *arguments, rows=ROWS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TOKENIZER_PATH", "tokenizer.model")
     with chdir(folder):
-        bench_eval.main(["logs/tiny.bin", "data/fineweb_val_000000.bin", "--json", "found.json", *arguments,
-                         *(word for row in rows for word in ("--row", row))])
+        bench_eval.main(
+            [
+                "logs/tiny.bin",
+                "data/fineweb_val_000000.bin",
+                "--json",
+                "found.json",
+                *arguments,
+                *(word for row in rows for word in ("--row", row)),
+            ]
+        )
         return json.loads((folder / "found.json").read_text())
 
 
@@ -45,12 +58,20 @@ def test_it_scores_as_the_run_did(folder, monkeypatch, capsys):
 def test_the_table_shows_each_way_with_the_settings_it_depends_on(folder, monkeypatch, capsys):
     found = run(folder, monkeypatch, "--tokens", "700", "--repeat", "2")
     text = capsys.readouterr().out
-    assert [row["mode"] for row in found["rows"]] == ["sliding", "streaming", "sliding + TTT", "streaming + TTT"]
+    assert [row["mode"] for row in found["rows"]] == [
+        "sliding",
+        "streaming",
+        "sliding + TTT",
+        "streaming + TTT",
+    ]
     assert {row["tokens"] for row in found["rows"]} == {700}
     assert all(len(row["seconds"]) == 2 and row["val_bpb"] > 0 for row in found["rows"])
     assert found["rows"][0]["settings"] == "EVAL_STRIDE=16 EVAL_SEQ_LEN=32"
     assert found["rows"][1]["settings"] == "EVAL_WINDOW=32"
-    assert "TTT_CHUNK_TOKENS=64" in found["rows"][3]["settings"] and "TTT_LR=0.01" in found["rows"][3]["settings"]
+    assert (
+        "TTT_CHUNK_TOKENS=64" in found["rows"][3]["settings"]
+        and "TTT_LR=0.01" in found["rows"][3]["settings"]
+    )
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 5
     for row, line in zip(found["rows"], lines[1:]):
@@ -59,11 +80,17 @@ def test_the_table_shows_each_way_with_the_settings_it_depends_on(folder, monkey
     assert [row["val_bpb"] for row in again["rows"]] == [row["val_bpb"] for row in found["rows"]]
 
 
-@pytest.mark.parametrize("arguments, rows, said", [
-    (["--tokens", "0"], [], "--tokens"), (["--repeat", "x"], [], "--repeat"),
-    (["--json", "nowhere/found.json"], [], "nowhere/found.json: no such folder"),
-    ([], ["TTT_LRR=1"], "TTT_LRR is no setting"), ([], ["TTT_LR=fast"], "TTT_LR='fast'"),
-    ([], ["NUM_LAYERS=3"], "NUM_LAYERS=3, but logs/tiny.bin was made with 2")])
+@pytest.mark.parametrize(
+    "arguments, rows, said",
+    [
+        (["--tokens", "0"], [], "--tokens"),
+        (["--repeat", "x"], [], "--repeat"),
+        (["--json", "nowhere/found.json"], [], "nowhere/found.json: no such folder"),
+        ([], ["TTT_LRR=1"], "TTT_LRR is no setting"),
+        ([], ["TTT_LR=fast"], "TTT_LR='fast'"),
+        ([], ["NUM_LAYERS=3"], "NUM_LAYERS=3, but logs/tiny.bin was made with 2"),
+    ],
+)
 def test_what_makes_no_sense_is_named(folder, monkeypatch, capsys, arguments, rows, said):
     with pytest.raises(SystemExit) as failure:
         run(folder, monkeypatch, *arguments, rows=rows)
@@ -75,8 +102,11 @@ def test_other_files_are_refused(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENIZER_PATH", str(folder / "tokenizer.model"))
     (tmp_path / "no.bin").write_bytes(b"GPT16MB2 but no more")
     shard = str(folder / "data/fineweb_val_000000.bin")
-    for arguments in ([str(tmp_path / "no.bin"), shard], [str(folder / "logs/tiny.bin"), str(tmp_path / "no.bin")],
-                      [str(folder / "missing.bin"), shard]):
+    for arguments in (
+        [str(tmp_path / "no.bin"), shard],
+        [str(folder / "logs/tiny.bin"), str(tmp_path / "no.bin")],
+        [str(folder / "missing.bin"), shard],
+    ):
         with pytest.raises(SystemExit) as failure:
             bench_eval.main(arguments)
         assert failure.value.code.startswith("error: ") and "\n" not in failure.value.code

@@ -1,4 +1,5 @@
 """A run that is killed or stopped anywhere and resumed ends as one that never was; what is no checkpoint of it is refused."""
+
 import hashlib
 import json
 import os
@@ -19,8 +20,14 @@ PLANTED = Path(__file__).with_name("planted.py")
 RESUMED = []  # trials that went on from a checkpoint
 TRIALS = int(os.environ.get("TRIALS", 10))
 CHECKPOINT = Path("logs/tiny.ckpt")
-ALWAYS = dict(ITERATIONS=12, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=12, LATE_QAT_THRESHOLD=0.7,  # QAT from step 4
-              TTT_CHUNK_TOKENS=64, TTT_BATCH_SEQS=2)
+ALWAYS = dict(
+    ITERATIONS=12,
+    TRAIN_LOG_EVERY=1,
+    WARMDOWN_ITERS=12,
+    LATE_QAT_THRESHOLD=0.7,  # QAT from step 4
+    TTT_CHUNK_TOKENS=64,
+    TTT_BATCH_SEQS=2,
+)
 SAFE = ALWAYS | dict(CHECKPOINT_EVERY=0.01, RESUME="auto")
 MODES = [{}, dict(EVAL_MODE="streaming"), dict(TTT_MUON=0), dict(EVAL_MODE="streaming", TTT_MUON=0)]
 NO_QAT = dict(LATE_QAT=0)  # rounding would magnify what differs in the last bit
@@ -30,8 +37,14 @@ def start(folder, *words, world=1, **settings):
     """The ranks of a run of train_gpt.py or, with words, of planted.py."""
     command = [PLANTED, *words] if words else [tiny.SCRIPT]
     group = dict(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=tiny.free_port()) if world > 1 else {}
-    return [Process(command, folder, tiny.environment(group | settings | (dict(RANK=rank, LOCAL_RANK=rank) if group else {})))
-            for rank in range(world)]
+    return [
+        Process(
+            command,
+            folder,
+            tiny.environment(group | settings | (dict(RANK=rank, LOCAL_RANK=rank) if group else {})),
+        )
+        for rank in range(world)
+    ]
 
 
 def finish(processes):
@@ -63,8 +76,12 @@ def undisturbed(data):
             began = time.monotonic()
             result = finish(start(data, world=world, **ALWAYS | (NO_QAT if mode is None else MODES[mode])))
             assert (result.status, result.err) == (0, "")
-            runs[mode, world] = (artifact_of(data), result.out.splitlines()[-1], time.monotonic() - began,
-                                 events_of(data, "step"))
+            runs[mode, world] = (
+                artifact_of(data),
+                result.out.splitlines()[-1],
+                time.monotonic() - began,
+                events_of(data, "step"),
+            )
             shutil.rmtree(data / "logs")
         return runs[mode, world]
 
@@ -109,8 +126,11 @@ def test_most_trials_at_random_moments_went_on_from_a_checkpoint():
 
 
 def test_sigterm_outside_of_the_loops_saves_what_there_is(folder, undisturbed):
-    for phase, told in (("warm-up", "nothing is saved"), ("choice", "go on with RESUME=logs/tiny.ckpt"),
-                        ("export", "go on with RESUME=logs/tiny.ckpt")):
+    for phase, told in (
+        ("warm-up", "nothing is saved"),
+        ("choice", "go on with RESUME=logs/tiny.ckpt"),
+        ("export", "go on with RESUME=logs/tiny.ckpt"),
+    ):
         result = finish(start(folder, f"sigterm in {phase}", **ALWAYS, CHECKPOINT_EVERY=60, RESUME="auto"))
         assert (result.status, result.err) == (tools.checkpoint.STOPPED, "")
         assert result.out.splitlines()[-1] == f"stopped by SIGTERM; {told}"
@@ -123,12 +143,16 @@ def test_sigterm_outside_of_the_loops_saves_what_there_is(folder, undisturbed):
 def test_scoring_goes_on_with_the_same_artifact_and_text_only(folder):
     assert tiny.run(folder, **ALWAYS).status == 0
     shutil.copy(folder / "logs/tiny.bin", folder / "a.bin")
-    again = ALWAYS | dict(EVAL_ONLY=1, ARTIFACT_PATH="a.bin", RUN_ID="again", CHECKPOINT_EVERY=60, RESUME="auto")
+    again = ALWAYS | dict(
+        EVAL_ONLY=1, ARTIFACT_PATH="a.bin", RUN_ID="again", CHECKPOINT_EVERY=60, RESUME="auto"
+    )
     assert finish(start(folder, "sigterm in TTT", **again)).status == tools.checkpoint.STOPPED
     assert tiny.run(folder, **ALWAYS, SEED=2).status == 0
     shutil.copy(folder / "logs/tiny.bin", folder / "a.bin")
     result = tiny.run(folder, **again)
-    assert result.status == 2 and result.err.endswith("checkpoint logs/again.ckpt: made with another artifact\n")
+    assert result.status == 2 and result.err.endswith(
+        "checkpoint logs/again.ckpt: made with another artifact\n"
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -137,7 +161,9 @@ def test_sigterm_in_training_and_in_ttt_stops_a_run_that_goes_on_later(folder, u
     for fault in ("sigterm", "sigterm in TTT"):
         ranks = start(folder, fault, world=world, **ALWAYS, **MODES[1], CHECKPOINT_EVERY=60, RESUME="auto")
         for result in tiny.finish(ranks, 60):
-            assert (result.status, result.err) == (tools.checkpoint.STOPPED, "") and (folder / CHECKPOINT).exists()
+            assert (result.status, result.err) == (tools.checkpoint.STOPPED, "") and (
+                folder / CHECKPOINT
+            ).exists()
             if result.out:
                 assert result.out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
                 seen += re.findall(r"^(resumed \w+):\d+$", result.out, re.M)
@@ -159,7 +185,9 @@ def resumable(stopped, tmp_path):
     return shutil.copytree(stopped[0], tmp_path / "stopped")
 
 
-def test_a_gradient_that_is_no_number_is_named_and_the_last_good_checkpoint_goes_on(stopped, resumable, undisturbed):
+def test_a_gradient_that_is_no_number_is_named_and_the_last_good_checkpoint_goes_on(
+    stopped, resumable, undisturbed
+):
     assert stopped[1].status == 2 and stopped[1].err.startswith("train_gpt.py: error: step 6: loss ")
     assert ", first in the gradient of up_bank; " in stopped[1].err
     result = finish(start(resumable, **SAFE | NO_QAT))
@@ -170,29 +198,48 @@ def test_a_gradient_that_is_no_number_is_named_and_the_last_good_checkpoint_goes
 @pytest.mark.parametrize("world", [2, 8])
 def test_another_number_of_processes_goes_on_from_the_same_state(resumable, undisturbed, world):
     result = finish(start(resumable, world=world, **SAFE | NO_QAT))
-    step, = map(int, re.findall(r"^resumed step:([3-5])$", result.out, re.M))
+    (step,) = map(int, re.findall(r"^resumed step:([3-5])$", result.out, re.M))
     assert (result.status, result.err) == (0, "")
-    losses = events_of(resumable, "step")[step + 1]["train_loss"], undisturbed(None)[3][step + 1]["train_loss"]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # later on, Muon's bf16 magnifies the order of the sums
+    losses = (
+        events_of(resumable, "step")[step + 1]["train_loss"],
+        undisturbed(None)[3][step + 1]["train_loss"],
+    )
+    assert losses[0] == pytest.approx(
+        losses[1], abs=1e-5
+    )  # later on, Muon's bf16 magnifies the order of the sums
     lines = undisturbed(None)[1], result.out.splitlines()[-1]
     loss, other = (float(re.search(r"val_loss:(\S+)", line)[1]) for line in lines)
     assert other == pytest.approx(loss, abs=1e-3)
 
 
-@pytest.mark.parametrize("change, settings, told", [
-    (lambda data: b"", {}, "truncated, altered or no checkpoint"), (lambda data: data[:40], {}, "truncated"),
-    (lambda data: data[:-1], {}, "truncated"), (lambda data: data[:len(data) // 2], {}, "truncated"),
-    (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], {}, "altered"),
-    (lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:], {}, "altered"),
-    (lambda data: tools.checkpoint.MAGIC + hashlib.sha256(b"x").digest() + b"x", {}, "not of this version's format"),
-    (lambda data: data, dict(NUM_LAYERS=3), "made with NUM_LAYERS=2, not 3"),
-    (lambda data: data, dict(SEED=2), "made with SEED=1337, not 2"),
-], ids=["empty", "header", "byte", "half", "flip", "flip early", "no torch file", "layers", "seed"])
+@pytest.mark.parametrize(
+    "change, settings, told",
+    [
+        (lambda data: b"", {}, "truncated, altered or no checkpoint"),
+        (lambda data: data[:40], {}, "truncated"),
+        (lambda data: data[:-1], {}, "truncated"),
+        (lambda data: data[: len(data) // 2], {}, "truncated"),
+        (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], {}, "altered"),
+        (lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:], {}, "altered"),
+        (
+            lambda data: tools.checkpoint.MAGIC + hashlib.sha256(b"x").digest() + b"x",
+            {},
+            "not of this version's format",
+        ),
+        (lambda data: data, dict(NUM_LAYERS=3), "made with NUM_LAYERS=2, not 3"),
+        (lambda data: data, dict(SEED=2), "made with SEED=1337, not 2"),
+    ],
+    ids=["empty", "header", "byte", "half", "flip", "flip early", "no torch file", "layers", "seed"],
+)
 def test_what_is_no_checkpoint_of_this_run_is_refused_and_nothing_is_lost(resumable, change, settings, told):
     (resumable / CHECKPOINT).write_bytes(change((resumable / CHECKPOINT).read_bytes()))
     before = {path: path.read_bytes() for path in resumable.rglob("*") if path.is_file()}
     result = tiny.run(resumable, **SAFE | NO_QAT | settings)
-    assert result.status == 2 and result.err.startswith("train_gpt.py: error: checkpoint logs/tiny.ckpt: ") and told in result.err
+    assert (
+        result.status == 2
+        and result.err.startswith("train_gpt.py: error: checkpoint logs/tiny.ckpt: ")
+        and told in result.err
+    )
     assert result.err.count("\n") == 1
     assert {path: path.read_bytes() for path in resumable.rglob("*") if path.is_file()} == before
 

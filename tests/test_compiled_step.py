@@ -1,4 +1,5 @@
 """What a training step must not do, read from its graphs: compile again, leave bf16 in products, wait for the device."""
+
 import math
 import re
 from collections import Counter
@@ -17,9 +18,21 @@ from helpers import random_batch, settings, write_shards
 
 CPU, BF16, aten = torch.device("cpu"), torch.bfloat16, torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-SHAPES = dict(VOCAB_SIZE=56, NUM_LAYERS=2, VE_LAYERS=1, MLP_MULT=2.5, TRAIN_SEQ_LEN=24, TRAIN_BATCH_TOKENS=384,
-              MICRO_BATCH_TOKENS=48)
-MATRICES = [(64, 32), (32, 32), (80, 32), (32, 80)]  # a layer's; 48 tokens at a time, so that nothing else is so shaped
+SHAPES = dict(
+    VOCAB_SIZE=56,
+    NUM_LAYERS=2,
+    VE_LAYERS=1,
+    MLP_MULT=2.5,
+    TRAIN_SEQ_LEN=24,
+    TRAIN_BATCH_TOKENS=384,
+    MICRO_BATCH_TOKENS=48,
+)
+MATRICES = [
+    (64, 32),
+    (32, 32),
+    (80, 32),
+    (32, 80),
+]  # a layer's; 48 tokens at a time, so that nothing else is so shaped
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +72,16 @@ def graphs(folder):
         def compiler(graph, inputs):
             graphs[kind].append(graph)
             return make_boxed_func(graph.forward)
+
         return compiler
 
     torch._dynamo.reset()
     trainer = trainer_of(folder)
-    trainer.model.compile(backend=aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward")),
-                          dynamic=False, fullgraph=True)  # an error at a graph break
+    trainer.model.compile(
+        backend=aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward")),
+        dynamic=False,
+        fullgraph=True,
+    )  # an error at a graph break
     losses = steps(trainer, 3) + steps(trainer, 3, qat=True)
     assert losses[0] == pytest.approx(math.log(56), abs=0.1) and losses[-1] < losses[0]
     return graphs
@@ -100,11 +117,19 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, weights):
         super().__init__()
-        self.weights, self.casts, self.large_casts, self.products = {w.data_ptr() for w in weights}, Counter(), 0, Counter()
+        self.weights, self.casts, self.large_casts, self.products = (
+            {w.data_ptr() for w in weights},
+            Counter(),
+            0,
+            Counter(),
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is aten._to_copy.default and (args[0].dtype, kwargs.get("dtype")) == (torch.float32, BF16):
+        if function is aten._to_copy.default and (args[0].dtype, kwargs.get("dtype")) == (
+            torch.float32,
+            BF16,
+        ):
             self.casts[args[0].data_ptr()] += args[0].data_ptr() in self.weights
             self.large_casts += is_matrix(args[0])
         if function in PRODUCTS:
@@ -152,9 +177,18 @@ def test_a_step_does_not_wait_for_the_device(trainer, qat):
         trainer.step(spans, 1.0, 0.95)
 
 
-@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, bool, torch.nonzero,
-                                  lambda t: torch.ones(1)[t[None] > 0]],
-                         ids=["item", "tolist", "numpy", "bool", "nonzero", "mask"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        bool,
+        torch.nonzero,
+        lambda t: torch.ones(1)[t[None] > 0],
+    ],
+    ids=["item", "tolist", "numpy", "bool", "nonzero", "mask"],
+)
 def test_what_waits_for_the_device_is_noticed(read):
     with pytest.raises(RuntimeError), bench.no_host_sync(CPU):
         read(torch.ones(()))
@@ -163,9 +197,13 @@ def test_what_waits_for_the_device_is_noticed(read):
 def test_logits_are_held_in_fp32_once_forward_and_never_backward(monkeypatch):
     """In the code that inductor writes, whose kernels are left out: nothing is compiled or computed."""
     inductor = torch._inductor
-    monkeypatch.setattr(inductor.async_compile.AsyncCompile, "cpp_pybinding", lambda *args, **kwargs: lambda *args: None)
+    monkeypatch.setattr(
+        inductor.async_compile.AsyncCompile, "cpp_pybinding", lambda *args, **kwargs: lambda *args: None
+    )
     monkeypatch.setattr(inductor.config, "fx_graph_cache", False)
-    monkeypatch.setattr(inductor.config.cpp, "simdlen", 1)  # fewer forms of each kernel are tried; buffers are the same
+    monkeypatch.setattr(
+        inductor.config.cpp, "simdlen", 1
+    )  # fewer forms of each kernel are tried; buffers are the same
     V, (x, y) = 1024, random_batch(4, 32)
     s = settings(VOCAB_SIZE=V, NUM_LAYERS=1, XSA_LAST_N=0, VE_ENABLED=0, VE_LAYERS="", BIGRAM_VOCAB_SIZE=0)
     model = T.GPT(s, dtype=BF16).initialize()
@@ -174,6 +212,12 @@ def test_logits_are_held_in_fp32_once_forward_and_never_backward(monkeypatch):
     matrices = [m.detach().requires_grad_() for m in model.matrices()]
     _, codes = inductor.utils.run_and_get_code(lambda: model(x, y, matrices).sum().backward())
     torch._dynamo.reset()
-    held = [[shape for shape in re.findall(r"empty_strided_cpu\(\((.*?)\), \(.*?\), torch\.float32\)", code)
-             if math.prod(int(n) for n in shape.split(",") if n.strip()) == x.numel() * V] for code in codes]
+    held = [
+        [
+            shape
+            for shape in re.findall(r"empty_strided_cpu\(\((.*?)\), \(.*?\), torch\.float32\)", code)
+            if math.prod(int(n) for n in shape.split(",") if n.strip()) == x.numel() * V
+        ]
+        for code in codes
+    ]
     assert [len(shapes) for shapes in held] == [1, 0]

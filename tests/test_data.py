@@ -1,4 +1,5 @@
 """Shards, the stream they make, its spans for any number of processes, and the bytes that tokens stand for."""
+
 from contextlib import closing
 from itertools import islice
 
@@ -25,14 +26,29 @@ def test_a_shard_is_mapped_as_it_was_written(tmp_path):
     assert isinstance(shard, np.memmap) and shard.dtype == np.dtype("<u2") and shard.tolist() == tokens
 
 
-@pytest.mark.parametrize("header, tokens", [
-    (dict(magic=20240519), 5), (dict(version=2), 5), (dict(count=6), 5), (dict(count=4), 5), (dict(count=2**31 - 1), 0),
-    (dict(count=-5), 5), (dict(count=0), 5), (dict(), 0)], ids=str)
+@pytest.mark.parametrize(
+    "header, tokens",
+    [
+        (dict(magic=20240519), 5),
+        (dict(version=2), 5),
+        (dict(count=6), 5),
+        (dict(count=4), 5),
+        (dict(count=2**31 - 1), 0),
+        (dict(count=-5), 5),
+        (dict(count=0), 5),
+        (dict(), 0),
+    ],
+    ids=str,
+)
 def test_a_shard_whose_header_is_wrong_is_named(tmp_path, header, tokens):
     path = tmp_path / "bad.bin"
     tiny.write_shard(path, range(tokens), **header)
     message = error_of(T.open_shard, path)
-    facts = ["20240520, 1"] if {"magic", "version"} & set(header) else [str(1024 + 2 * tokens), str(header.get("count", 0))]
+    facts = (
+        ["20240520, 1"]
+        if {"magic", "version"} & set(header)
+        else [str(1024 + 2 * tokens), str(header.get("count", 0))]
+    )
     assert message.startswith(f"shard {path}: ") and all(fact in message for fact in facts)
 
 
@@ -60,7 +76,12 @@ def test_shards_are_opened_in_name_order_and_by_split(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_folder_without_shards_says_how_to_get_some(tmp_path, split):
     message = error_of(T.open_shards, tmp_path, split)
-    for part in (f"DATA_PATH={tmp_path}", f"fineweb_{split}_*.bin", "`make demo`", "`python tools/fineweb.py`"):
+    for part in (
+        f"DATA_PATH={tmp_path}",
+        f"fineweb_{split}_*.bin",
+        "`make demo`",
+        "`python tools/fineweb.py`",
+    ):
         assert part in message
 
 
@@ -82,7 +103,10 @@ def test_a_stream_is_its_shards_one_after_another_and_wraps_around():
     endless = np.tile(np.concatenate(SHARDS), 6)
     for position in range(45):
         for count in (1, 2, 5, 12, 20, 21, 61):
-            assert T.read_stream(SHARDS, position, count).tolist() == endless[position:position + count].tolist()
+            assert (
+                T.read_stream(SHARDS, position, count).tolist()
+                == endless[position : position + count].tolist()
+            )
     assert T.read_stream(SHARDS, 20 * 10**12 + 19, 2).tolist() == [19, 0]
 
 
@@ -96,7 +120,9 @@ def spans_of(monkeypatch, rank, world_size, shards, span=5, vocab_size=1000, ste
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, world_size):
     shards = np.split(np.arange(101, dtype=np.uint16), [40, 77])
-    eight = torch.arange(6 * 8 * 6).view(6, 8, 6) % 101  # (steps, spans, span + 1): consecutive tokens, wrapping around
+    eight = (
+        torch.arange(6 * 8 * 6).view(6, 8, 6) % 101
+    )  # (steps, spans, span + 1): consecutive tokens, wrapping around
     for rank in range(world_size):
         spans = spans_of(monkeypatch, rank, world_size, shards)
         assert spans.dtype == torch.int32 and spans.shape == (6, 8 // world_size, 6)
@@ -107,8 +133,13 @@ def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, w
 def test_batches_may_begin_at_any_step():
     shards = np.split(np.arange(101, dtype=np.uint16), [40, 77])
     for first in (1, 4):
-        with closing(T.batches(shards, 5, 1000)) as all_spans, closing(T.batches(shards, 5, 1000, first)) as later:
-            assert torch.equal(torch.stack(list(islice(all_spans, first, 6))), torch.stack(list(islice(later, 6 - first))))
+        with (
+            closing(T.batches(shards, 5, 1000)) as all_spans,
+            closing(T.batches(shards, 5, 1000, first)) as later,
+        ):
+            assert torch.equal(
+                torch.stack(list(islice(all_spans, first, 6))), torch.stack(list(islice(later, 6 - first)))
+            )
 
 
 def test_a_bad_id_stops_the_rank_and_the_step_that_read_it(monkeypatch):
@@ -141,12 +172,25 @@ def test_targets_are_the_inputs_one_token_later_in_rows_of_the_sequence_length(f
     assert tiny.run(folder, ITERATIONS=1, WARMUP_STEPS=0, TRAIN_SEQ_LEN=16, TTT_ENABLED=0).status == 0
     stream = np.concatenate(T.open_shards(folder / "data", "train")).astype(np.int64)
     assert len(seen) == 8
-    for (x, y), span in zip(seen, torch.from_numpy(stream[:8 * 65]).view(8, 65)):  # a step's 512 targets are 8 spans of 64
+    for (x, y), span in zip(
+        seen, torch.from_numpy(stream[: 8 * 65]).view(8, 65)
+    ):  # a step's 512 targets are 8 spans of 64
         assert torch.equal(x, span[:-1].view(4, 16)) and torch.equal(y, span[1:].view(4, 16))
 
 
-@pytest.mark.parametrize("tokens, seq_len, count", [
-    (100, 10, 101), (99, 10, 91), (10, 10, 11), (19, 10, 11), (250, 10, 251), (10**9, 10, 251), (10**9, 250, 251), (7, 2, 7)])
+@pytest.mark.parametrize(
+    "tokens, seq_len, count",
+    [
+        (100, 10, 101),
+        (99, 10, 91),
+        (10, 10, 11),
+        (19, 10, 11),
+        (250, 10, 251),
+        (10**9, 10, 251),
+        (10**9, 250, 251),
+        (7, 2, 7),
+    ],
+)
 def test_the_holdout_is_the_tail_and_is_not_trained_on(tokens, seq_len, count):
     shards = [np.arange(30), np.arange(30, 1030)]  # at most a quarter of the last shard is held out
     train, holdout = T.split_holdout(shards, tokens, seq_len)
@@ -161,9 +205,29 @@ def test_a_holdout_that_holds_no_sequence_is_an_error(tokens, seq_len):
     assert "HOLDOUT_TOKENS" in message and f"TRAIN_SEQ_LEN={seq_len}" in message
 
 
-KNOWN = ["", "return", " return", "one two  three   four", "    if x:\n        return x\n\n\n", "\tdef f(x):\r\n",
-         "Zwölf Boxkämpfer", "\n", " ", "    ", "a" * 300, "Deich.  ", "(B, T, V) -> x86_64 & more; 16,000,000 bytes"]
-FOREIGN = ["naïve café", "三人行，必有我師焉。", "🙂 smile 🙂🙂", "e\u0301 and \u00e9", "a\u00a0b\u2003c", " 三 "]
+KNOWN = [
+    "",
+    "return",
+    " return",
+    "one two  three   four",
+    "    if x:\n        return x\n\n\n",
+    "\tdef f(x):\r\n",
+    "Zwölf Boxkämpfer",
+    "\n",
+    " ",
+    "    ",
+    "a" * 300,
+    "Deich.  ",
+    "(B, T, V) -> x86_64 & more; 16,000,000 bytes",
+]
+FOREIGN = [
+    "naïve café",
+    "三人行，必有我師焉。",
+    "🙂 smile 🙂🙂",
+    "e\u0301 and \u00e9",
+    "a\u00a0b\u2003c",
+    " 三 ",
+]
 FINEWEB = dict(byte_fallback=False, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
 
 
@@ -178,12 +242,18 @@ def bytes_of(tokenizer, documents):
     return T.byte_tables(tokenizer).count(stream[:-1], stream[1:]).sum().item()
 
 
-@pytest.mark.parametrize("options, documents", [
-    (dict(), KNOWN + FOREIGN), (dict(model_type="unigram"), KNOWN + FOREIGN), (FINEWEB, KNOWN),
-    (FINEWEB | dict(model_type="unigram"), KNOWN),
-    (dict(user_defined_symbols=("\n", "<url>")), KNOWN + FOREIGN + ["a <url> b<url>"]),
-    (dict(split_by_whitespace=False, allow_whitespace_only_pieces=True), KNOWN + FOREIGN),
-], ids=["bpe", "unigram", "fineweb", "fineweb-unigram", "user-defined", "across-words"])
+@pytest.mark.parametrize(
+    "options, documents",
+    [
+        (dict(), KNOWN + FOREIGN),
+        (dict(model_type="unigram"), KNOWN + FOREIGN),
+        (FINEWEB, KNOWN),
+        (FINEWEB | dict(model_type="unigram"), KNOWN),
+        (dict(user_defined_symbols=("\n", "<url>")), KNOWN + FOREIGN + ["a <url> b<url>"]),
+        (dict(split_by_whitespace=False, allow_whitespace_only_pieces=True), KNOWN + FOREIGN),
+    ],
+    ids=["bpe", "unigram", "fineweb", "fineweb-unigram", "user-defined", "across-words"],
+)
 def test_bytes_add_up_to_the_decoded_text(tmp_path, options, documents):
     tokenizer = load(tmp_path / "t.model", **options)
     decoded = [tokenizer.decode(tokenizer.encode(text)) for text in documents]
@@ -203,7 +273,10 @@ def test_unknown_text_and_a_space_behind_it_count_nothing(tmp_path):
 def test_the_first_four_ids_count_nothing_and_byte_pieces_one_byte(tmp_path):
     tokenizer = load(tmp_path / "t.model")
     tables = T.byte_tables(tokenizer)
-    assert tables.is_boundary.nonzero().flatten().tolist() == [0, 1, 2, 3] and tables.base_bytes[:4].tolist() == [0] * 4
+    assert (
+        tables.is_boundary.nonzero().flatten().tolist() == [0, 1, 2, 3]
+        and tables.base_bytes[:4].tolist() == [0] * 4
+    )
     assert tables.base_bytes[4:260].tolist() == [1] * 256 and not tables.has_leading_space[:260].any()
     for i in range(260, tiny.VOCAB_SIZE):
         piece = tokenizer.id_to_piece(i)

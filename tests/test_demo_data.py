@@ -1,4 +1,5 @@
 """tools/demo_data.py: a data set from the text that Python carries."""
+
 import os
 import sys
 import sysconfig
@@ -84,8 +85,10 @@ def test_tokenizer_has_the_ids_and_byte_pieces_of_finewebs(tokenizer):
     assert pieces == [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-@pytest.mark.parametrize("text", ["", "\n", " ", "   x", "x  \n\n", "\ta\r\n\x0c", "\n    def f():\n\treturn 1234",
-                                  "é 日本 \U0001f600"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", " ", "   x", "x  \n\n", "\ta\r\n\x0c", "\n    def f():\n\treturn 1234", "é 日本 \U0001f600"],
+)
 def test_tokenizer_gives_back_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -104,14 +107,27 @@ def test_the_folder_holds_its_files_and_nothing_is_left_beside_it(demo):
 def test_it_says_documents_bytes_and_tokens_of_each_split(demo, documents):
     lines = demo[1].splitlines()
     for split in ("val", "train"):
-        size, tokens = demo_data.size_of(documents[split]), len(open_shard(demo[0] / f"fineweb_{split}_000000.bin"))
+        size, tokens = (
+            demo_data.size_of(documents[split]),
+            len(open_shard(demo[0] / f"fineweb_{split}_000000.bin")),
+        )
         said = f"{split}: {len(documents[split])} documents, {size:,} bytes, {tokens:,} tokens, {size / tokens:.3f} bytes"
         assert any(said in line for line in lines)
 
 
 def test_sources_are_the_standard_librarys_without_tests_tables_and_what_is_too_long(tmp_path, monkeypatch):
-    for name in ["os.py", "json/decoder.py", "json/tests/test_all.py", "test/support.py", "idlelib/idle_test/a.py",
-                 "encodings/cp437.py", "pydoc_data/topics.py", "site-packages/json.py", "elsewhere.py", "json/data.txt"]:
+    for name in [
+        "os.py",
+        "json/decoder.py",
+        "json/tests/test_all.py",
+        "test/support.py",
+        "idlelib/idle_test/a.py",
+        "encodings/cp437.py",
+        "pydoc_data/topics.py",
+        "site-packages/json.py",
+        "elsewhere.py",
+        "json/data.txt",
+    ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
     (tmp_path / "abc.py").write_bytes(b"# caf\xe9")
@@ -123,7 +139,9 @@ def test_sources_are_the_standard_librarys_without_tests_tables_and_what_is_too_
 def test_docstrings_are_taken_from_c_only_and_once(monkeypatch):
     imported = []
     real = demo_data.importlib.import_module
-    monkeypatch.setattr(demo_data.importlib, "import_module", lambda name: imported.append(name) or real(name))
+    monkeypatch.setattr(
+        demo_data.importlib, "import_module", lambda name: imported.append(name) or real(name)
+    )
     found = list(demo_data.c_docstrings())
     assert {"math", "itertools", "builtins", "sys"} <= set(imported)
     assert not {"this", "antigravity", "argparse", "json"} & set(imported)
@@ -132,9 +150,16 @@ def test_docstrings_are_taken_from_c_only_and_once(monkeypatch):
 
 def test_a_text_that_mostly_stands_in_a_longer_one_is_dropped():
     lines = [f"a line of its own, number {i}" for i in range(6)]
-    long, part, twin, other = "\n".join(lines), "\n    ".join(lines[2:4]), "\n".join(lines), "some quite different text"
+    long, part, twin, other = (
+        "\n".join(lines),
+        "\n    ".join(lines[2:4]),
+        "\n".join(lines),
+        "some quite different text",
+    )
     half_new = "\n".join([lines[0], "first line that is not there", "second line that is not there"])
-    assert sorted(demo_data.without_repeats([other, part, long, twin, half_new])) == sorted([long, other, half_new])
+    assert sorted(demo_data.without_repeats([other, part, long, twin, half_new])) == sorted(
+        [long, other, half_new]
+    )
 
 
 def test_the_first_by_sha256_are_validation_until_they_hold_enough():
@@ -143,7 +168,9 @@ def test_the_first_by_sha256_are_validation_until_they_hold_enough():
     assert len(val) == 3 and sorted(val + train) == texts
     assert demo_data.split_by_hash(texts[::-1], 250) == (val, train)
     for val_bytes in (0, -5, 1000, 10**9):
-        with pytest.raises(RunError, match=f"--val-bytes {val_bytes}: must be more than 0 and leave some of the 1,000 bytes"):
+        with pytest.raises(
+            RunError, match=f"--val-bytes {val_bytes}: must be more than 0 and leave some of the 1,000 bytes"
+        ):
             demo_data.split_by_hash(texts, val_bytes)
 
 
@@ -153,7 +180,10 @@ def test_a_python_without_its_texts_says_so_and_stops(tmp_path, monkeypatch):
     said = []
     with pytest.raises(RunError, match="carries .* bytes of text, fewer than 2,000,000"):
         demo_data.gather(said.append)
-    assert said[:2] == ["found no module sources in this Python", "found no documentation topics in this Python"]
+    assert said[:2] == [
+        "found no module sources in this Python",
+        "found no documentation topics in this Python",
+    ]
 
 
 def test_complete_data_are_left_alone_without_force(tmp_path, small, capsys):

@@ -1,4 +1,5 @@
 """tools/extras.py: events, progress, and what a resumed run makes of a log that was cut."""
+
 import io
 import json
 import re
@@ -60,9 +61,21 @@ def test_every_event_of_a_run_is_in_the_readme_with_its_values(folder):
     settings = dict(ITERATIONS=12, WARMDOWN_ITERS=12, VAL_LOSS_EVERY=2, AUDIT=1, CHECKPOINT_EVERY=0.001)
     assert tiny.run(folder, **settings).status == 0
     events = [json.loads(line) for line in (folder / "logs/tiny.jsonl").read_text().splitlines()]
-    table = {name: line for line in README.read_text("utf-8").splitlines() if line.startswith("| `")
-             for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert {event["event"] for event in events} > {"settings", "step", "swa", "stage", "ttt_chunk", "checkpoint", "audit"}
+    table = {
+        name: line
+        for line in README.read_text("utf-8").splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert {event["event"] for event in events} > {
+        "settings",
+        "step",
+        "swa",
+        "stage",
+        "ttt_chunk",
+        "checkpoint",
+        "audit",
+    }
     for event in events:
         names = set(re.findall(r"`(\w+)`", table[event["event"]].split("|")[2]))
         assert event.keys() - {"event", "time"} <= names

@@ -1,4 +1,5 @@
 """tools/fineweb.py, run as a user runs it, against a stand-in for the Hugging Face Hub on loopback."""
+
 import hashlib
 import json
 import os
@@ -42,13 +43,18 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {
-            "manifest.json": json.dumps({
-                "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "bpe"}],
-                "tokenizers": [{"name": "bpe", "model_path": TOKENIZER}],
-            }).encode(),
-            TOKENIZER: b"a tokenizer", "tokenizers/other.model": b"another",
-            f"{FOLDER}/fineweb_train_000000.bin": shard(1000), f"{FOLDER}/fineweb_train_000001.bin": shard(1001),
-            f"{FOLDER}/fineweb_train_000002.bin": shard(1002), f"{FOLDER}/fineweb_val_000000.bin": shard(2000),
+            "manifest.json": json.dumps(
+                {
+                    "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "bpe"}],
+                    "tokenizers": [{"name": "bpe", "model_path": TOKENIZER}],
+                }
+            ).encode(),
+            TOKENIZER: b"a tokenizer",
+            "tokenizers/other.model": b"another",
+            f"{FOLDER}/fineweb_train_000000.bin": shard(1000),
+            f"{FOLDER}/fineweb_train_000001.bin": shard(1001),
+            f"{FOLDER}/fineweb_train_000002.bin": shard(1002),
+            f"{FOLDER}/fineweb_val_000000.bin": shard(2000),
             f"{FOLDER}/fineweb_val_000001.bin": shard(500),
             "datasets/fineweb10B_sp4096/fineweb_train_000000.bin": shard(9),
         }
@@ -97,16 +103,22 @@ class Handler(BaseHTTPRequestHandler):
         query, hub = parse_qs(url.query), self.server
         assert query["recursive"][0].lower() == "true"
         entries = [{"type": "directory", "path": f"datasets/{FOLDER}", "oid": "0", "size": 0}]
-        entries += [{"type": "file", "path": f"datasets/{path}", "oid": "0", "size": hub.sizes.get(path, len(data))}
-                    for path, data in hub.files.items()]
+        entries += [
+            {"type": "file", "path": f"datasets/{path}", "oid": "0", "size": hub.sizes.get(path, len(data))}
+            for path, data in hub.files.items()
+        ]
         start = int(query.get("cursor", ["0"])[0])
         more = f'<{hub.endpoint}{url.path}?recursive=True&cursor={start + 3}>; rel="next"'
         headers = {"Link": more} if start + 3 < len(entries) else {}
-        self.reply(200, json.dumps(entries[start:start + 3]).encode(), headers)
+        self.reply(200, json.dumps(entries[start : start + 3]).encode(), headers)
 
     def send_file(self, path):
         hub, data = self.server, self.server.files[path]
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         status, body, wanted = 200, data, self.headers.get("Range")
         if wanted:
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
@@ -115,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             hub.gets.append(path)
             if path in hub.stall:
-                self.reply(status, body[:len(body) // 2], headers, length=len(body))
+                self.reply(status, body[: len(body) // 2], headers, length=len(body))
                 hub.stalled.set()
                 hub.release.wait(30)
                 self.close_connection = True
@@ -134,8 +146,13 @@ def hub():
 
 def start(endpoint: str, folder: Path, *options: str) -> Process:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    env |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     return Process([TOOL, *options], folder, env)
 
 
@@ -155,7 +172,9 @@ def error_line(endpoint: str, folder: Path, *options: str) -> str:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def names(split: str, count: int) -> list[str]:
@@ -171,7 +190,9 @@ def test_fetches_once_into_the_default_layout_then_adds_shards_and_repairs_damag
     progress = re.findall(r"^\[(\d)/5\] \S+ [\d.]+ MB, [\d.]+ MB/s, \d+ s left$", out, re.M)
     assert progress == ["1", "2", "3", "4", "5"]
     command = out.splitlines()[-1]
-    assert command.startswith(f"DATA_PATH=data/{FOLDER} TOKENIZER_PATH=data/{TOKENIZER} VOCAB_SIZE=1024 torchrun ")
+    assert command.startswith(
+        f"DATA_PATH=data/{FOLDER} TOKENIZER_PATH=data/{TOKENIZER} VOCAB_SIZE=1024 torchrun "
+    )
     assert (tmp_path / command.split()[-1]).resolve() == ROOT / "train_gpt.py"
 
     assert fetch(hub, tmp_path, "--train-shards", "2").splitlines()[-1] == command
@@ -181,7 +202,11 @@ def test_fetches_once_into_the_default_layout_then_adds_shards_and_repairs_damag
     (data / names("val", 1)[0]).write_bytes(shard(2000, magic=7))
     out = fetch(hub, tmp_path)
     assert "80 training shards asked for, 3 published: taking all" in out
-    assert hub.downloads() == ["fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_train_000002.bin"]
+    assert hub.downloads() == [
+        "fineweb_val_000000.bin",
+        "fineweb_train_000000.bin",
+        "fineweb_train_000002.bin",
+    ]
     assert files_in(data) == {name: hub.files[name] for name in [*wanted, names("train", 3)[2]]}
 
 
@@ -210,7 +235,9 @@ def test_a_damaged_published_shard_is_tried_twice_and_never_gets_its_final_name(
     assert "fineweb_train_000000.bin" in error and hub.endpoint in error and "20240520" in error
     assert hub.downloads().count("fineweb_train_000000.bin") == 2
     assert sorted(path.name for path in (tmp_path / "elsewhere" / FOLDER).glob("*.bin")) == [
-        "fineweb_val_000000.bin", "fineweb_val_000001.bin"]
+        "fineweb_val_000000.bin",
+        "fineweb_val_000001.bin",
+    ]
 
 
 def test_what_cannot_be_downloaded_is_refused_in_one_line_before_starting(hub, tmp_path):
@@ -243,8 +270,16 @@ def test_a_variant_without_validation_shards_is_refused():
         choose_shards([f"datasets/{name}" for name in names("train", 3)], "sp1024")
 
 
-@pytest.mark.parametrize("manifest", ["", "not JSON", "[]", '{"datasets": {"fineweb10B_sp1024": 3}}',
-                                      '{"datasets": [{"name": "fineweb10B_sp1024", "tokenizer": ["x.model"]}]}'])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "not JSON",
+        "[]",
+        '{"datasets": {"fineweb10B_sp1024": 3}}',
+        '{"datasets": [{"name": "fineweb10B_sp1024", "tokenizer": ["x.model"]}]}',
+    ],
+)
 def test_without_a_usable_manifest_the_file_name_tells_the_tokenizer(manifest):
     assert choose_tokenizer(["a/other.model", f"a/{TOKENIZER}"], "sp1024", manifest) == f"a/{TOKENIZER}"
 

@@ -1,4 +1,5 @@
 """tools/make_shards.py: text in, shards out, and a clear line for everything that cannot be one."""
+
 import argparse
 import io
 import json
@@ -20,8 +21,21 @@ DOCUMENTS = ["One document.", "  Zwei\n\nDokumente,\tmit Umlaut: ü.\n", "三", 
 
 def train_tokenizer(path: Path, **settings) -> Path:
     model = io.BytesIO()
-    settings = dict(vocab_size=400, model_type="bpe", byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-                    normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2) | settings
+    settings = (
+        dict(
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        | settings
+    )
     lines = settings.pop("lines", Path(argparse.__file__).read_text("utf-8").splitlines())
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
     path.write_bytes(model.getvalue())
@@ -83,7 +97,9 @@ def test_documents_come_back_from_the_shards_each_led_by_bos(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("shard_tokens", [3, 64, 10**6])
-def test_shards_are_full_but_the_last_and_hold_the_same_stream(tmp_path, tokenizer, shard_tokens, monkeypatch):
+def test_shards_are_full_but_the_last_and_hold_the_same_stream(
+    tmp_path, tokenizer, shard_tokens, monkeypatch
+):
     monkeypatch.setattr(make_shards, "BATCH_CHARS", 20)
     tokens = make_shards.write_shards(DOCUMENTS, tokenizer, tmp_path, "val", shard_tokens)
     shards = shards_of(tmp_path, "val")
@@ -132,7 +148,9 @@ def test_text_and_jsonl_are_read_in_order_compressed_or_not(folder, tokenizer, c
 
 def test_the_command_line_ends_with_0_or_with_one_line_and_1(folder):
     command = [TOOL, "--tokenizer", "tokenizer.model", "--out", "out", "--val", "val.txt", "--train"]
-    good, bad = (Process([*command, name], folder, dict(os.environ)) for name in ("train.jsonl", "missing.jsonl"))
+    good, bad = (
+        Process([*command, name], folder, dict(os.environ)) for name in ("train.jsonl", "missing.jsonl")
+    )
     out, err = good.communicate(60)
     assert (good.returncode, err) == (0, "")
     assert out.splitlines()[-1] == str(Path("out/fineweb_train_000000.bin"))
@@ -140,23 +158,34 @@ def test_the_command_line_ends_with_0_or_with_one_line_and_1(folder):
     assert (bad.returncode, err) == (1, "error: missing.jsonl: no such file\n")
 
 
-@pytest.mark.parametrize("name, data, message", [
-    ("a.jsonl", b'{"text": "good"}\n{"text": \n', 'a.jsonl, line 2: not a JSON object with a string "text"'),
-    ("a.jsonl", b'["text"]\n', 'a.jsonl, line 1: not a JSON object with a string "text"'),
-    ("a.jsonl", b'\n\n{"content": "x"}\n', 'a.jsonl, line 3: not a JSON object with a string "text"'),
-    ("a.jsonl", b'{"text": 5}', 'a.jsonl, line 1: not a JSON object with a string "text"'),
-    ("a.jsonl", b"[" * 20_000, 'a.jsonl, line 1: not a JSON object with a string "text"'),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl, line 2: not valid Unicode in UTF-8"),
-    ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1: not valid Unicode in UTF-8"),
-    ("a.txt", b"abc\xff", "a.txt: not UTF-8 at byte 3"),
-    ("a.txt.xz", b"not xz", "a.txt.xz: damaged or truncated xz data; fetch it again"),
-    ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n')[:-20], "a.jsonl.xz: damaged or truncated xz data; fetch it again"),
-    ("a.txt", b"", "train: the input holds no text"),
-    ("a.jsonl", b'\n{"text": ""}\n', "train: the input holds no text"),
-    ("a.csv", b"text", "a.csv: unknown kind of file; .txt, .jsonl, .txt.xz and .jsonl.xz can be read"),
-    ("a.txt", b"x" * 20_001, "a.txt: a document of more than 20,000 bytes; divide it"),
-    ("a.jsonl", b"{}" * 10_001, "a.jsonl, line 1: a document of more than 20,000 bytes; divide it"),
-])
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        (
+            "a.jsonl",
+            b'{"text": "good"}\n{"text": \n',
+            'a.jsonl, line 2: not a JSON object with a string "text"',
+        ),
+        ("a.jsonl", b'["text"]\n', 'a.jsonl, line 1: not a JSON object with a string "text"'),
+        ("a.jsonl", b'\n\n{"content": "x"}\n', 'a.jsonl, line 3: not a JSON object with a string "text"'),
+        ("a.jsonl", b'{"text": 5}', 'a.jsonl, line 1: not a JSON object with a string "text"'),
+        ("a.jsonl", b"[" * 20_000, 'a.jsonl, line 1: not a JSON object with a string "text"'),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl, line 2: not valid Unicode in UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1: not valid Unicode in UTF-8"),
+        ("a.txt", b"abc\xff", "a.txt: not UTF-8 at byte 3"),
+        ("a.txt.xz", b"not xz", "a.txt.xz: damaged or truncated xz data; fetch it again"),
+        (
+            "a.jsonl.xz",
+            lzma.compress(b'{"text": "a"}\n')[:-20],
+            "a.jsonl.xz: damaged or truncated xz data; fetch it again",
+        ),
+        ("a.txt", b"", "train: the input holds no text"),
+        ("a.jsonl", b'\n{"text": ""}\n', "train: the input holds no text"),
+        ("a.csv", b"text", "a.csv: unknown kind of file; .txt, .jsonl, .txt.xz and .jsonl.xz can be read"),
+        ("a.txt", b"x" * 20_001, "a.txt: a document of more than 20,000 bytes; divide it"),
+        ("a.jsonl", b"{}" * 10_001, "a.jsonl, line 1: a document of more than 20,000 bytes; divide it"),
+    ],
+)
 def test_a_bad_input_is_named_and_leaves_no_shard(folder, monkeypatch, name, data, message):
     monkeypatch.setattr(make_shards, "MAX_DOCUMENT_BYTES", 20_000)
     Path(name).write_bytes(data)
@@ -168,8 +197,14 @@ def test_a_file_of_both_splits_is_refused(folder):
     assert "val.txt: given for both --val and --train" in error_of("--train", "train.jsonl", "./val.txt")
 
 
-@pytest.mark.parametrize("data, message", [
-    (None, "No such file or directory"), (b"", "not a SentencePiece model"), (b"text", "not a SentencePiece model")])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (None, "No such file or directory"),
+        (b"", "not a SentencePiece model"),
+        (b"text", "not a SentencePiece model"),
+    ],
+)
 def test_a_tokenizer_that_cannot_be_read_is_named(folder, data, message):
     Path("tokenizer.model").unlink()
     if data is not None:
@@ -183,8 +218,13 @@ def test_a_tokenizer_without_bos_is_refused(tmp_path):
 
 
 def test_a_vocabulary_beyond_uint16_is_refused(tmp_path):
-    path = train_tokenizer(tmp_path / "big.model", lines=[f"w{i}" for i in range(65_600)], model_type="word",
-                           byte_fallback=False, vocab_size=65_600)
+    path = train_tokenizer(
+        tmp_path / "big.model",
+        lines=[f"w{i}" for i in range(65_600)],
+        model_type="word",
+        byte_fallback=False,
+        vocab_size=65_600,
+    )
     with pytest.raises(RunError, match="65600 tokens; a shard can hold 65536 at most"):
         make_shards.load_tokenizer(path)
 

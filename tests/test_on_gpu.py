@@ -1,5 +1,6 @@
 """On a GPU: the numbers of record_parity.npz, each attention kernel against plain arithmetic, a stream against windows, and no
 score that knows what comes after it. Skipped where there is no GPU; GPU_TESTS_DEVICE=cpu tries the tests themselves."""
+
 import json
 import math
 import os
@@ -16,7 +17,12 @@ from test_record_parity import NAMES, RUNS, assert_close, record_model, tensor, 
 
 DEVICE = torch.device(os.environ.get("GPU_TESTS_DEVICE") or "cuda")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def relative(value, reference):
@@ -31,16 +37,23 @@ def model_on_device(s, dtype=torch.float32):
     return model.to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+)
 def test_logits_loss_and_gradients(dtype, tolerance):
     model = model_on_device(record.settings(), dtype)
     assert_close(model.logits(tensor("x").to(DEVICE)).detach().cpu(), tensor("logits"), tolerance)
     loss = model(tensor("x").to(DEVICE), tensor("y").to(DEVICE)).mean()
     assert_close(loss.detach().cpu(), float(record.DATA["loss"]), tolerance / 10)
     loss.backward()
-    least = 0 if dtype == torch.float32 else 1000  # elements: a scalar's gradient is a sum that cancels in bf16
-    worst = max((relative(unbanked(model, name, gradient=True), tensor("grad/" + name)), name) for name in NAMES
-                if tensor("grad/" + name).numel() > least)
+    least = (
+        0 if dtype == torch.float32 else 1000
+    )  # elements: a scalar's gradient is a sum that cancels in bf16
+    worst = max(
+        (relative(unbanked(model, name, gradient=True), tensor("grad/" + name)), name)
+        for name in NAMES
+        if tensor("grad/" + name).numel() > least
+    )
     print(f"worst gradient: {worst}")
     assert worst[0] < (tolerance if dtype == torch.float32 else 0.2)
 
@@ -48,7 +61,7 @@ def test_logits_loss_and_gradients(dtype, tolerance):
 def test_long_sequences():
     with torch.no_grad():
         logits = model_on_device(record.settings()).logits(tensor("long_x").to(DEVICE)).cpu()
-    assert_close(logits[:, -record.DATA["long_logits_tail"].shape[1]:], tensor("long_logits_tail"), 1e-4)
+    assert_close(logits[:, -record.DATA["long_logits_tail"].shape[1] :], tensor("long_logits_tail"), 1e-4)
 
 
 @pytest.mark.parametrize("run", ["sliding", *RUNS])
@@ -57,8 +70,12 @@ def test_scores(run, dtype):
     ttt = run != "sliding"
     s = record.settings(**(json.loads(str(record.DATA[f"ttt_settings/{run}"])) if ttt else {}))
     model = model_on_device(s, dtype)
-    tables = T.ByteTables(*(tensor(key).to(DEVICE) for key in ("base_bytes", "has_leading_space", "is_boundary")))
-    scorer = T.Scorer(model, tensor("tokens").int().to(DEVICE), tables, s.eval_seq_len, batch_tokens=7 * s.eval_seq_len)
+    tables = T.ByteTables(
+        *(tensor(key).to(DEVICE) for key in ("base_bytes", "has_leading_space", "is_boundary"))
+    )
+    scorer = T.Scorer(
+        model, tensor("tokens").int().to(DEVICE), tables, s.eval_seq_len, batch_tokens=7 * s.eval_seq_len
+    )
     score = T.score_first_ttt(scorer, T.Learner(model, s), s)[0] if ttt else scorer.score_all(s.eval_stride)
     reference = tensor(f"ttt/{run}" if ttt else "sliding")
     difference = relative([score.val_loss, score.val_bpb], reference)
@@ -79,10 +96,14 @@ def test_muon_steps(prefix):
     buffer = torch.zeros_like(p, dtype=torch.bfloat16)
     for i in range(sum(key.startswith(prefix + "g") for key in record.DATA.files)):
         before = p.clone()
-        T.apply_muon_update(p, T.muon_update(tensor(f"{prefix}g{i}").to(DEVICE), buffer, 0.95, 5), lr=0.02, weight_decay=0.04)
+        T.apply_muon_update(
+            p, T.muon_update(tensor(f"{prefix}g{i}").to(DEVICE), buffer, 0.95, 5), lr=0.02, weight_decay=0.04
+        )
         difference = relative(p - before, tensor(f"{prefix}p{i + 1}") - tensor(f"{prefix}p{i}"))
         print(f"{prefix} step {i}: {difference:.1e}")
-        assert difference < 7e-2  # other roundings of bf16, magnified by Newton-Schulz; a missing Nesterov term gives 0.18
+        assert (
+            difference < 7e-2
+        )  # other roundings of bf16, magnified by Newton-Schulz; a missing Nesterov term gives 0.18
 
 
 def plain_attention(q, k, v, window, documents=None):
@@ -100,8 +121,10 @@ def plain_attention(q, k, v, window, documents=None):
 
 def random_heads(B, T_q, T_k, H=8, K=4, d=64):
     generator = torch.Generator(DEVICE).manual_seed(0)
-    return [torch.randn(B, t, n, d, generator=generator, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
-            for t, n in ((T_q, H), (T_k, K), (T_k, K))]
+    return [
+        torch.randn(B, t, n, d, generator=generator, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        for t, n in ((T_q, H), (T_k, K), (T_k, K))
+    ]
 
 
 def assert_same_attention(attention, heads, *plain):
@@ -137,7 +160,9 @@ def test_attention_kernels(kernel, case):
             assert_same_attention(T.torch_attention, random_heads(2, 512, 512), 512)
         else:  # 128 positions behind 384 others
             band = T.band_of(384, 128, DEVICE)
-            assert_same_attention(lambda q, k, v: T.torch_attention(q, k, v, band), random_heads(2, 128, 512), 384)
+            assert_same_attention(
+                lambda q, k, v: T.torch_attention(q, k, v, band), random_heads(2, 128, 512), 384
+            )
 
 
 def test_the_chosen_attention():
@@ -154,12 +179,16 @@ def test_varlen_attention_within_documents(window, grouped):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     q, k, v = random_heads(1, 512, 512, H=8, K=4 if grouped else 8)
     starts = torch.tensor([0, 37, 200, 201, 450, 512], dtype=torch.int32, device=DEVICE)
-    documents = torch.searchsorted(starts[1:].contiguous(), torch.arange(512, device=DEVICE, dtype=torch.int32), right=True)[None]
+    documents = torch.searchsorted(
+        starts[1:].contiguous(), torch.arange(512, device=DEVICE, dtype=torch.int32), right=True
+    )[None]
 
     def attention(q, k, v):
         if grouped:
             k, v = (t.repeat_interleave(2, dim=2) for t in (k, v))
-        return varlen.varlen_attn(q[0], k[0], v[0], starts, starts, 512, 512, window_size=(window - 1, 0))[None]
+        return varlen.varlen_attn(q[0], k[0], v[0], starts, starts, 512, 512, window_size=(window - 1, 0))[
+            None
+        ]
 
     if DEVICE.type != "cuda":
         pytest.skip("varlen_attn needs a GPU")
@@ -169,11 +198,18 @@ def test_varlen_attention_within_documents(window, grouped):
 def scorer_on_device(s, tokens, dtype):
     model = random_model(s)
     model.dtype = dtype
-    return PerTarget(model.to(DEVICE), torch.as_tensor(tokens).int().to(DEVICE), T.ByteTables(*(t.to(DEVICE) for t in byte_tables())),
-                     s.eval_seq_len, s.val_batch_size // 8)
+    return PerTarget(
+        model.to(DEVICE),
+        torch.as_tensor(tokens).int().to(DEVICE),
+        T.ByteTables(*(t.to(DEVICE) for t in byte_tables())),
+        s.eval_seq_len,
+        s.val_batch_size // 8,
+    )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.2)], ids=["fp32", "bf16"]
+)
 def test_a_stream_scores_like_the_whole_text_at_once(dtype, tolerance):
     """Over all layers, each of which sees the last 24 positions."""
     s, tokens = settings(EVAL_SEQ_LEN=24), made_up_tokens(201)
@@ -193,7 +229,9 @@ def test_a_stream_scores_like_the_whole_text_at_once(dtype, tolerance):
 @pytest.mark.parametrize("ttt", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_changed_token_changes_no_score_before_it(mode, ttt, dtype):
-    s = settings(EVAL_MODE=mode, EVAL_SEQ_LEN=24, EVAL_STRIDE=8, TTT_CHUNK_TOKENS=48, TTT_LR=0.02, TTT_EPOCHS=2)
+    s = settings(
+        EVAL_MODE=mode, EVAL_SEQ_LEN=24, EVAL_STRIDE=8, TTT_CHUNK_TOKENS=48, TTT_LR=0.02, TTT_EPOCHS=2
+    )
     found = []
     for change in (False, True):
         tokens = torch.as_tensor(made_up_tokens(301)).clone()

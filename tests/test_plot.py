@@ -1,4 +1,5 @@
 """tools/plot.py: what is drawn of a run is what its events say, and one PNG holds one run or several."""
+
 import io
 from contextlib import redirect_stdout
 
@@ -24,10 +25,19 @@ def test_what_is_drawn_of_a_run_is_what_its_events_say():
     run = drawn(events=make_events())
     assert run["loss_by_time"].tolist() == [[7.661, 6.8938]]
     assert run["loss_by_tokens"].tolist() == [[10 * 4096, 6.8938]]
-    assert run["multiplier"].tolist() == [[10, 1.0]] and run["moments"] == dict(SWA=30, QAT=36) and run["steps"] == 40
+    assert (
+        run["multiplier"].tolist() == [[10, 1.0]]
+        and run["moments"] == dict(SWA=30, QAT=36)
+        and run["steps"] == 40
+    )
     assert run["validations"].tolist() == [[0, 3.8816], [40, 3.1111]]
-    assert [*run["scores"].items()] == [("trained", 3.1111), ("averaged", 3.08305629), ("roundtrip", 3.08852676),
-                                        ("sliding", 3.07875962), ("TTT", 3.0709208)]
+    assert [*run["scores"].items()] == [
+        ("trained", 3.1111),
+        ("averaged", 3.08305629),
+        ("roundtrip", 3.08852676),
+        ("sliding", 3.07875962),
+        ("TTT", 3.0709208),
+    ]
     assert run["ttt"].tolist() == [[0.5, 2.90256], [1, 3.070921]] and run["without_ttt"] == 3.07875962
     assert run["training"] == {"steps": 20, "averages, calibration": pytest.approx(18.106)}
     assert run["scoring"] == dict(roundtrip=7.853, sliding=29.142, TTT=75.456)
@@ -44,24 +54,37 @@ def test_a_text_log_draws_the_same_but_for_what_only_events_tell():
 
 def test_a_log_of_the_challenge_is_drawn_as_far_as_it_goes():
     run = drawn(CHALLENGE)
-    assert run["loss_by_tokens"].tolist() == [[500 * 786432, 2.4012]] and run["loss_by_time"].tolist() == [[41.733, 2.4012]]
+    assert run["loss_by_tokens"].tolist() == [[500 * 786432, 2.4012]] and run["loss_by_time"].tolist() == [
+        [41.733, 2.4012]
+    ]
     assert run["scores"] == dict(trained=1.1376, roundtrip=1.1449, sliding=1.1214, TTT=1.1177)
-    assert run["training"] == dict(steps=600.031) and run["scoring"] == dict(roundtrip=6, TTT=478.5) and not run["outside"]
+    assert (
+        run["training"] == dict(steps=600.031)
+        and run["scoring"] == dict(roundtrip=6, TTT=478.5)
+        and not run["outside"]
+    )
     assert run["size"] == dict(code=93038, artifact=15851372) and run["without_ttt"] == 1.1214
-    other = drawn(CHALLENGE.replace("train_batch_tokens", "batch").replace("Code size", "Size")
-                  .replace("final_int6_", "final_int8_zlib_"))
+    other = drawn(
+        CHALLENGE.replace("train_batch_tokens", "batch")
+        .replace("Code size", "Size")
+        .replace("final_int6_", "final_int8_zlib_")
+    )
     assert not len(other["loss_by_tokens"]) and other["size"] == {"code and artifact": 15944410}
     assert other["scores"] == run["scores"]
 
 
 def test_a_run_without_ttt_has_no_running_score():
-    run = drawn(make_log(PRINTED[:PRINTED.index("ttt_chunk")]))
+    run = drawn(make_log(PRINTED[: PRINTED.index("ttt_chunk")]))
     assert not len(run["ttt"]) and [*run["scores"]][-1] == "sliding" and "TTT" not in run["scoring"]
 
 
 def test_a_run_that_goes_on_is_drawn_and_numbers_that_are_none_are_left_out():
     run = drawn(events=steps((1, 7.0, 100), (2, float("nan"), 200), (3, 6.0, None)))
-    assert run["loss_by_time"].tolist() == [[0.1, 7.0]] and not run["scores"] and run["training"] == dict(steps=0.2)
+    assert (
+        run["loss_by_time"].tolist() == [[0.1, 7.0]]
+        and not run["scores"]
+        and run["training"] == dict(steps=0.2)
+    )
     assert plot.is_empty(drawn("prose\n")) and not plot.is_empty(run)
 
 
@@ -100,7 +123,11 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(folder, tmp_path, monkeyp
     def fails(*arguments) -> str:
         with pytest.raises(SystemExit) as failure:
             plot.main([*map(str, arguments)])
-        assert failure.value.code.startswith("error: ") and "\n" not in failure.value.code and not [*tmp_path.iterdir()]
+        assert (
+            failure.value.code.startswith("error: ")
+            and "\n" not in failure.value.code
+            and not [*tmp_path.iterdir()]
+        )
         return failure.value.code
 
     assert f"{empty}: nothing to plot" in fails(good, empty, "--out", out)
@@ -117,5 +144,5 @@ def test_looks_can_be_told_apart_in_colour_and_in_grey():
     for looks in zip(*plot.LOOKS):
         assert len({*looks}) == len(plot.LOOKS)
     parts = [*plot.PARTS]
-    for panel in (parts[:parts.index("code")] + ["free"], parts[parts.index("code"):]):
+    for panel in (parts[: parts.index("code")] + ["free"], parts[parts.index("code") :]):
         assert len({plot.PARTS[part] for part in panel}) == len(panel)

@@ -1,5 +1,6 @@
 """tools/quant_report.py: its matrices add up to the artifact, its methods are what they are called, its sizes and its
 divergences are exact, and bad input ends in one line."""
+
 import json
 import math
 import sys
@@ -19,6 +20,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 # Methods and sizes, on a model in memory
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -58,8 +60,12 @@ def test_loss_and_divergence_are_those_of_all_tokens(model, meter):
     assert found["gap"] == pytest.approx(after.val_loss - before.val_loss, abs=1e-6)
     assert found["gap_bpb"] == pytest.approx(after.val_bpb - before.val_bpb, abs=1e-6)
     with torch.no_grad():
-        p, q = (m.logits(tokens[:640].view(20, 32).long()).double().log_softmax(dim=-1) for m in (model, other))
-    assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum().item() / 640, rel=1e-3) and found["kl"] > 1e-3
+        p, q = (
+            m.logits(tokens[:640].view(20, 32).long()).double().log_softmax(dim=-1) for m in (model, other)
+        )
+    assert (
+        found["kl"] == pytest.approx((p.exp() * (p - q)).sum().item() / 640, rel=1e-3) and found["kl"] > 1e-3
+    )
 
 
 @pytest.mark.parametrize("knob", [1.0, 1.3])
@@ -68,7 +74,9 @@ def test_rounding_to_the_nearest_stores_the_records_integers_or_wider_int6_steps
     stored, weights = methods[i].store(knob), model.quantized()
     assert {"qo_bank", "down_bank", "tok_emb", "ve_table"} <= weights.keys()
     for name, w in weights.items():
-        quantiles, limit, wider = (T.CLIP_QUANTILES, 31, knob) if name in model.BANKS else ([0.9999984], 127, 1)
+        quantiles, limit, wider = (
+            (T.CLIP_QUANTILES, 31, knob) if name in model.BANKS else ([0.9999984], 127, 1)
+        )
         assert stored[name].dtype == torch.int16 and (knob > 1 or stored[name].abs().max() == limit)
         for j, matrix in enumerate(w.detach().view(-1, *w.shape[-2:])):
             step = (wider * T.clip_steps(matrix, quantiles, limit)).half()
@@ -106,7 +114,7 @@ def test_sizes_are_real_and_never_above_the_records(methods, points):
     assert targets.keys() == {1.0, 4.0} and len(points) > 6
     for row in points:
         if row["method"] != "rtn+lzma":
-            method, = (m for m in methods if m.name == row["method"])
+            (method,) = (m for m in methods if m.name == row["method"])
             assert len(T.pack_artifact(method.s, "f" * 64, method.store(row["knob"]))) == row["bytes"]
 
 
@@ -114,7 +122,9 @@ def test_a_size_out_of_reach_is_left_out(methods, meter, monkeypatch):
     monkeypatch.setattr(Q, "TRIES", 2)
     assert methods[2].fit(10) is None
     monkeypatch.setattr(methods[0], "sizes", {})
-    monkeypatch.setattr(methods[0], "store", lambda knob: methods[0].sizes.update({knob: 10}) or methods[0].weights)
+    monkeypatch.setattr(
+        methods[0], "store", lambda knob: methods[0].sizes.update({knob: 10}) or methods[0].weights
+    )
     assert [row["method"] for row in Q.curves(methods, [1.0], meter)] == ["rtn+lzma"]
 
 
@@ -126,15 +136,25 @@ def test_gptq_loses_less_and_saves_bytes(points):
             assert row["kl_ratio"] == 1 and 0.1 < row["saved_at_kl"] < 0.9
 
 
-@pytest.mark.parametrize("values, value, expected", [
-    ([1, 4, 16], 2, 250), ([1, 4, 16], 8, 150), ([1, 4, 16], 0.5, None), ([1, 4, 16], 20, None),
-    ([2, 1, 16], 4, 150), ([1, 4, 2], 3, None), ([-1, 4, 16], 2, None)])
+@pytest.mark.parametrize(
+    "values, value, expected",
+    [
+        ([1, 4, 16], 2, 250),
+        ([1, 4, 16], 8, 150),
+        ([1, 4, 16], 0.5, None),
+        ([1, 4, 16], 20, None),
+        ([2, 1, 16], 4, 150),
+        ([1, 4, 2], 3, None),
+        ([-1, 4, 16], 2, None),
+    ],
+)
 def test_bytes_are_read_off_between_two_points_or_not_at_all(values, value, expected):
     rows = [dict(bytes=size, kl=kl) for size, kl in zip((300, 200, 100), values)]
     assert Q.bytes_at(value, "kl", rows[::-1]) == (expected and pytest.approx(expected))
 
 
 # The program, on what train_gpt.py left
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -149,6 +169,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def program(folder, monkeypatch, capsys):
     """Runs the program with arguments in the folder, without settings of a model; returns (error, output, JSON)."""
+
     def run(*arguments, **values):
         places = {name: tiny.SETTINGS[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
         for name in T.FIELDS:
@@ -161,6 +182,7 @@ def program(folder, monkeypatch, capsys):
             except SystemExit as e:
                 return e.code, capsys.readouterr().out, None
             return None, capsys.readouterr().out, json.loads((folder / "report.json").read_text())
+
     return run
 
 
@@ -168,7 +190,11 @@ def program(folder, monkeypatch, capsys):
 def artifact(folder):
     """(its bytes, those of the code, what it stores)."""
     data = (folder / "logs/tiny.bin").read_bytes()
-    return data, len(data) - 44 - int.from_bytes(data[40:44], "little"), T.unpack_artifact(data, "tiny.bin")[2]
+    return (
+        data,
+        len(data) - 44 - int.from_bytes(data[40:44], "little"),
+        T.unpack_artifact(data, "tiny.bin")[2],
+    )
 
 
 def test_the_matrices_of_an_artifact_add_up_to_its_code(program, artifact):
@@ -176,11 +202,16 @@ def test_the_matrices_of_an_artifact_add_up_to_its_code(program, artifact):
     assert error is None and found.keys() == {"matrices"}
     *rows, total = found["matrices"]
     _, code, stored = artifact
-    assert sum(row["rows"] * row["columns"] * row["bits"] for row in rows) / 8 == pytest.approx(code, rel=0.01)
+    assert sum(row["rows"] * row["columns"] * row["bits"] for row in rows) / 8 == pytest.approx(
+        code, rel=0.01
+    )
     assert total["bits"] * total["columns"] / 8 == pytest.approx(code, rel=0.01)
     assert total["columns"] == sum(q.numel() for q in stored.values() if q.dtype == torch.int16)
     names = {f"{name}[{i}]" for name in ("qo_bank", "kv_bank") for i in range(4)}
-    names |= {f"{name}[{i}]" for name in ("up_bank", "down_bank") for i in range(2)} | {"tok_emb", "bigram_table"}
+    names |= {f"{name}[{i}]" for name in ("up_bank", "down_bank") for i in range(2)} | {
+        "tok_emb",
+        "bigram_table",
+    }
     assert names <= {row["matrix"] for row in rows} and all(name in out for name in names)
     assert all(row["error"] is None and row["rise"] is None and row["sensitivity"] >= 0 for row in rows)
     assert total["sensitivity"] > 0
@@ -191,16 +222,21 @@ def test_the_matrices_of_a_checkpoint_are_those_of_the_artifact_made_of_it(progr
     assert error is None
     rows, stored = found["matrices"][:-1], artifact[2]
     made, rounded = torch.load(folder / "made.pt", weights_only=True), T.dequantize(stored)
-    weights, s = made["weights"], T.parse_settings({name.upper(): text for name, text in made["settings"].items()})
+    weights, s = (
+        made["weights"],
+        T.parse_settings({name.upper(): text for name, text in made["settings"].items()}),
+    )
     expected = {row["matrix"]: row for row in program("logs/tiny.bin")[2]["matrices"]}
     for row in rows:
         for key in ("rows", "columns", "step", "bits", "entropy"):
             assert row[key] == pytest.approx(expected[row["matrix"]][key], rel=1e-6)
     q, w, near = (t["up_bank"][1] for t in (stored, weights, rounded))
-    row, = (row for row in rows if row["matrix"] == "up_bank[1]")
+    (row,) = (row for row in rows if row["matrix"] == "up_bank[1]")
     shares = [count / q.numel() for count in q.unique(return_counts=True)[1].tolist()]
     assert row["entropy"] == pytest.approx(-sum(p * math.log2(p) for p in shares), rel=1e-6)
-    assert row["error"] == pytest.approx(((near - w).norm() / w.norm()).item(), rel=1e-4) and row["error"] > 1e-3
+    assert (
+        row["error"] == pytest.approx(((near - w).norm() / w.norm()).item(), rel=1e-4) and row["error"] > 1e-3
+    )
     model = T.GPT(s)
     model.load_state_dict(weights)
     _, holdout = T.split_holdout(T.open_shards(folder / "data", "train"), s.holdout_tokens, s.train_seq_len)
@@ -225,9 +261,15 @@ def test_the_curves_are_drawn(program, folder):
 
 
 def test_settings_in_the_environment_say_how_the_matrices_are_rounded(program):
-    fine, coarse = (program("made.pt", "--knobs", "2", "--tokens", "64", MATRIX_STEP=step)[2] for step in (1, 2))
+    fine, coarse = (
+        program("made.pt", "--knobs", "2", "--tokens", "64", MATRIX_STEP=step)[2] for step in (1, 2)
+    )
     for a, b in zip(fine["matrices"][:-1], coarse["matrices"]):
-        assert b["bits"] == a["bits"] == 0 or b["step"] == pytest.approx(2 * a["step"], rel=0.1) and b["bits"] < a["bits"]
+        assert (
+            b["bits"] == a["bits"] == 0
+            or b["step"] == pytest.approx(2 * a["step"], rel=0.1)
+            and b["bits"] < a["bits"]
+        )
     for a, b in zip(fine["points"], coarse["points"]):
         assert a["method"] == b["method"] and a["bytes"] == pytest.approx(b["bytes"], rel=0.002)
     assert fine["points"][0]["kl"] == coarse["points"][0]["kl"]
@@ -266,9 +308,13 @@ def bad_files(folder, artifact):
     (folder / "text.pt").write_text("no model")
     (folder / "cut.bin").write_bytes(artifact[0][:-5])
     torch.save([1, 2], folder / "other.pt")
-    torch.save(good | dict(settings={k: v for k, v in good["settings"].items() if k != "seed"}), folder / "less.pt")
+    torch.save(
+        good | dict(settings={k: v for k, v in good["settings"].items() if k != "seed"}), folder / "less.pt"
+    )
     torch.save(good | dict(weights=Evil()), folder / "evil.pt")
-    torch.save(good | dict(weights={k: w for k, w in good["weights"].items() if k != "tok_emb"}), folder / "few.pt")
+    torch.save(
+        good | dict(weights={k: w for k, w in good["weights"].items() if k != "tok_emb"}), folder / "few.pt"
+    )
     tiny.train_tokenizer(folder / "other.model", character_coverage=0.99)
 
 
@@ -276,9 +322,20 @@ def bad_files(folder, artifact):
 def test_input_that(case, program, bad_files):
     arguments, values, expected = BAD[case]
     error, out, _ = program(*([arguments] if isinstance(arguments, str) else arguments), **values)
-    assert error.startswith("error: ") and expected in error and "\n" not in error and len(error) < 400 and out == ""
+    assert (
+        error.startswith("error: ")
+        and expected in error
+        and "\n" not in error
+        and len(error) < 400
+        and out == ""
+    )
 
 
 def test_the_exit_status_of_an_error_is_1(tmp_path):
-    result, = tiny.finish([Process([Q.__file__, "nothing.pt"], tmp_path, tiny.environment({}))], 60)
-    assert result.status == 1 and result.out == "" and result.err.startswith("error: ") and result.err.count("\n") == 1
+    (result,) = tiny.finish([Process([Q.__file__, "nothing.pt"], tmp_path, tiny.environment({}))], 60)
+    assert (
+        result.status == 1
+        and result.out == ""
+        and result.err.startswith("error: ")
+        and result.err.count("\n") == 1
+    )

@@ -1,4 +1,5 @@
 """The steps, GPTQ and late QAT: what is rounded how finely, and that the loss rises as little as promised."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ def calibrated(model, tokens):
 
 # The record's steps
 
+
 def bank_with_outliers():
     """(6, 5, 3000): rows of all sizes, matrices with ever fewer and larger outliers."""
     generator = torch.Generator().manual_seed(0)
@@ -51,12 +53,13 @@ def test_int6_takes_the_clip_quantile_of_least_error_for_each_matrix():
 
 
 def test_the_first_of_equal_clip_quantiles_wins():
-    matrix = torch.tensor([[0, 31, 31 * (1 + 2 ** -10)]])  # either clip moves one entry by 31 / 1024
-    for quantiles, step in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2 ** -10)):
+    matrix = torch.tensor([[0, 31, 31 * (1 + 2**-10)]])  # either clip moves one entry by 31 / 1024
+    for quantiles, step in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2**-10)):
         assert T.clip_steps(matrix, quantiles, 31).item() == step
 
 
 # Calibration
+
 
 def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibrated):
     """As a plain F.linear in its place sees them."""
@@ -86,7 +89,9 @@ def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibra
             torch.testing.assert_close(moment[i].double(), inputs.T @ inputs / 640, rtol=1e-4, atol=1e-5)
 
 
-def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_information(model, tokens, calibrated):
+def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_information(
+    model, tokens, calibrated
+):
     """KL divergence from the model's own predictions, rows moved at random."""
     _, fisher = calibrated
     x, weights = tokens[:640].view(40, 16).long(), model.quantized()
@@ -99,21 +104,24 @@ def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_info
                 error = 0.003 * torch.randn(w.shape, generator=generator)
                 w.add_(error)
                 rise = (before.exp() * (before - model.logits(x).log_softmax(-1))).sum(-1).mean()
-                ratios.append((rise / (fisher[name] * error ** 2 / 2).sum()).item())
+                ratios.append((rise / (fisher[name] * error**2 / 2).sum()).item())
                 w.copy_(old)
             assert 0.5 < sum(ratios) / len(ratios) < 2, (name, ratios)
 
 
 # Steps
 
+
 def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibrated):
     _, fisher = calibrated
     record, steps = record_steps(model), T.base_steps(model, fisher)
-    octaves = [sum(found[name].log2().mean().item() * getattr(model, name).numel() for name in model.BANKS)
-               for found in (record, steps)]
+    octaves = [
+        sum(found[name].log2().mean().item() * getattr(model, name).numel() for name in model.BANKS)
+        for found in (record, steps)
+    ]
     assert octaves[0] == pytest.approx(octaves[1], rel=1e-5)
     for name, step in steps.items():
-        worth = step ** 2 * fisher[name]
+        worth = step**2 * fisher[name]
         inside = (fisher[name] / fisher[name].mean((-2, -1), keepdim=True)).log2().abs() < 6
         if name == "qo_bank":
             level = worth[inside].median()
@@ -127,15 +135,19 @@ def test_a_knob_moves_all_steps_by_eighths_of_octaves(model, calibrated):
         for name, step in T.scaled(base, knob).items():
             assert torch.equal(step, step.half().float())
             eighths = 8 * step.log2()
-            assert (eighths - eighths.round()).abs().max() < 0.02 and ((step / base[name] / knob).log2().abs() < 0.07).all()
+            assert (eighths - eighths.round()).abs().max() < 0.02 and (
+                (step / base[name] / knob).log2().abs() < 0.07
+            ).all()
 
 
 def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
     model = T.GPT(settings())  # every bank is zero
     fisher = {name: torch.zeros_like(w[..., :1]) for name, w in model.quantized().items()}
     steps = T.scaled(T.base_steps(model, fisher), 1.0)
-    factors = {name: T.factor(torch.zeros(len(m), m.size(-1), m.size(-1)))
-               for name, m in zip(("qkv", "o", "up", "down"), model.matrices())}
+    factors = {
+        name: T.factor(torch.zeros(len(m), m.size(-1), m.size(-1)))
+        for name, m in zip(("qkv", "o", "up", "down"), model.matrices())
+    }
     by_gptq = T.quantize(model.state_dict(), steps, factors)
     for stored in (by_gptq, record_quantize(model.state_dict(), record_steps(model), 1.0)):
         weights = T.dequantize(stored)
@@ -153,6 +165,7 @@ def test_no_row_is_so_fine_that_its_integers_run_out(model, calibrated):
 
 # GPTQ
 
+
 def plain_gptq(w, step, moment):
     """One column after the other, the inverse of what is left computed anew each time."""
     w, q, left = w.double().clone(), torch.empty_like(w), moment.diagonal().argsort(descending=True).tolist()
@@ -169,7 +182,9 @@ def plain_gptq(w, step, moment):
 
 def correlated_inputs(columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     return x.T @ x / len(x)
 
 
@@ -183,7 +198,10 @@ def test_gptq_is_the_plain_algorithm():
 
 
 def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_not():
-    bank, moments = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(1)), correlated_inputs(96)[None]
+    bank, moments = (
+        torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(1)),
+        correlated_inputs(96)[None],
+    )
     step = torch.full((1, 64, 1), 0.5)
     error = lambda q: torch.einsum("nri,nij,nrj->", *[q * step - bank, moments, q * step - bank]).item()
     nearest = (bank / step).round()
@@ -193,12 +211,17 @@ def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_no
 
 # Late QAT
 
-def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_straight_through(model, calibrated):
+
+def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_straight_through(
+    model, calibrated
+):
     steps = T.scaled(T.base_steps(model, calibrated[1]), 2.0)
     batch, weights = random_batch(), model.state_dict()
     other = random_model(model.s)
-    other.load_state_dict(weights | {name: w for name, w in T.dequantize(T.quantize(weights, steps)).items()
-                                     if name in model.BANKS})
+    other.load_state_dict(
+        weights
+        | {name: w for name, w in T.dequantize(T.quantize(weights, steps)).items() if name in model.BANKS}
+    )
     grads = []
     for m, matrices in ((model, model.matrices(steps)), (other, other.matrices())):
         m.zero_grad()
@@ -213,6 +236,7 @@ def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_st
 
 
 # Size
+
 
 def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens):
     s, model = settings(MATRIX_STEP=0.5), random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))

@@ -1,4 +1,5 @@
 """tools/readme.py: the generated parts of README.md."""
+
 import json
 import re
 import subprocess
@@ -37,17 +38,39 @@ old text
 After.
 """
 
-SCORING = dict(machine="2 x CPU (x86_64)", torch="2.13.0", rows=[
-    dict(mode="sliding", settings="EVAL_STRIDE=64 EVAL_SEQ_LEN=512", seconds=[100.0, 90.0, 120.0], tokens=200000, val_bpb=2.1),
-    dict(mode="streaming", settings="EVAL_WINDOW=512", seconds=[12.5, 10.0, 12.0], tokens=200000, val_bpb=2.10021)])
+SCORING = dict(
+    machine="2 x CPU (x86_64)",
+    torch="2.13.0",
+    rows=[
+        dict(
+            mode="sliding",
+            settings="EVAL_STRIDE=64 EVAL_SEQ_LEN=512",
+            seconds=[100.0, 90.0, 120.0],
+            tokens=200000,
+            val_bpb=2.1,
+        ),
+        dict(
+            mode="streaming",
+            settings="EVAL_WINDOW=512",
+            seconds=[12.5, 10.0, 12.0],
+            tokens=200000,
+            val_bpb=2.10021,
+        ),
+    ],
+)
 
 
-QUANTIZERS = dict(tokens=131072, loss=3.65, points=[  # as tools/quant_report.py writes them, but for what is not read
-    dict(method="rtn+lzma", bytes=1_700_000, gap=0.0013, gap_error=0.0002, kl=0.0012, saved_at_kl=0.26),
-    dict(method="gptq+ans", bytes=1_698_000, gap=-0.00004, gap_error=0.0001, kl=0.00006),
-    dict(method="rtn+lzma", bytes=1_200_000, gap=0.0083, gap_error=0.0003, kl=0.008, saved_at_kl=None),
-    dict(method="gptq+ans", bytes=1_199_000, gap=0.0006, gap_error=0.0002, kl=0.0005),
-    dict(method="gptq+ans", bytes=800_000, gap=0.01, gap_error=0.0002, kl=0.009)])
+QUANTIZERS = dict(
+    tokens=131072,
+    loss=3.65,
+    points=[  # as tools/quant_report.py writes them, but for what is not read
+        dict(method="rtn+lzma", bytes=1_700_000, gap=0.0013, gap_error=0.0002, kl=0.0012, saved_at_kl=0.26),
+        dict(method="gptq+ans", bytes=1_698_000, gap=-0.00004, gap_error=0.0001, kl=0.00006),
+        dict(method="rtn+lzma", bytes=1_200_000, gap=0.0083, gap_error=0.0003, kl=0.008, saved_at_kl=None),
+        dict(method="gptq+ans", bytes=1_199_000, gap=0.0006, gap_error=0.0002, kl=0.0005),
+        dict(method="gptq+ans", bytes=800_000, gap=0.01, gap_error=0.0002, kl=0.009),
+    ],
+)
 
 
 @pytest.fixture
@@ -62,8 +85,21 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*arguments: str) -> str:
-    readme.main(["--readme", "README.md", "--log", "demo.txt", "--bench", ".", "--quantizers", "quantizers.json",
-                 "--scoring", "bench_eval.json", *arguments])
+    readme.main(
+        [
+            "--readme",
+            "README.md",
+            "--log",
+            "demo.txt",
+            "--bench",
+            ".",
+            "--quantizers",
+            "quantizers.json",
+            "--scoring",
+            "bench_eval.json",
+            *arguments,
+        ]
+    )
     return Path("README.md").read_text("utf-8")
 
 
@@ -78,7 +114,11 @@ def fails(*arguments: str) -> str:
 
 def cells(text: str) -> list[list[str]]:
     """The cells of all table rows in a Markdown text."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
 
 
 def part(text: str, name: str) -> str:
@@ -100,7 +140,10 @@ def test_names_in_meanings_are_code():
     assert readme.code("score ARTIFACT_PATH, train nothing") == "score `ARTIFACT_PATH`, train nothing"
     assert readme.code("if TIE_EMBEDDINGS=0; logs/RUN_ID.txt;") == "if `TIE_EMBEDDINGS=0`; `logs/RUN_ID.txt`;"
     assert readme.code("in fineweb_{train,val}_*.bin") == "in `fineweb_{train,val}_*.bin`"
-    assert readme.code("raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)") == "raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)"
+    assert (
+        readme.code("raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)")
+        == "raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)"
+    )
 
 
 def test_the_demo_part_says_what_the_log_says():
@@ -111,8 +154,12 @@ def test_the_demo_part_says_what_the_log_says():
         ["averaged weights (EMA)", "3.0831", "-0.0280", "18.1", "687"],
         ["artifact, read back", "3.0885", "+0.0054", "7.9", "1,687"],
         ["sliding windows, stride 32", "3.0788", "-0.0097", "29.1", "1,702"],
-        ["score-first TTT", "3.0709", "-0.0079", "75.5", "2,687"]]
-    assert "40 steps of 4,096 tokens at 8,192 tokens per second, on 8 x NVIDIA H100 80GB HBM3, torch 2.9.1+cu128" in text
+        ["score-first TTT", "3.0709", "-0.0079", "75.5", "2,687"],
+    ]
+    assert (
+        "40 steps of 4,096 tokens at 8,192 tokens per second, on 8 x NVIDIA H100 80GB HBM3, torch 2.9.1+cu128"
+        in text
+    )
     assert "3,327,044 parameters; the submission takes 2,923,801 bytes" in text
 
 
@@ -123,24 +170,44 @@ def test_an_average_that_changes_nothing_has_no_sign():
 
 
 def test_without_ttt_its_row_is_absent():
-    log = parse_log(make_log(PRINTED[:PRINTED.index("ttt_chunk")], TTT_ENABLED="0"), "sketch")
+    log = parse_log(make_log(PRINTED[: PRINTED.index("ttt_chunk")], TTT_ENABLED="0"), "sketch")
     assert cells(readme.demo_part(log))[-1][0] == "sliding windows, stride 32"
 
 
 def test_columns_are_of_even_width_and_bars_are_escaped():
     assert readme.table(["a", "number"], [["x|y", "1"]], right=1).splitlines() == [
-        "| a    | number |", "|------|-------:|", r"| x\|y |      1 |"]
+        "| a    | number |",
+        "|------|-------:|",
+        r"| x\|y |      1 |",
+    ]
 
 
-HEADER = ["machine", "attention kernel", "ms per 786,432-token step per GPU", "tokens/s", "share of peak",
-          "scoring tokens/s", "TTT seconds per million tokens", "peak memory (MiB)"]
+HEADER = [
+    "machine",
+    "attention kernel",
+    "ms per 786,432-token step per GPU",
+    "tokens/s",
+    "share of peak",
+    "scoring tokens/s",
+    "TTT seconds per million tokens",
+    "peak memory (MiB)",
+]
 NONE = ["not measured"] * 8
 
 
 def result(bench, machine="NVIDIA H200", processes=1, attention="cudnn", tokens_per_second=1e6, **changed):
     """Of a line of tools/bench.py what readme.py reads; settings in capitals."""
-    return dict(bench=bench, machine=machine, processes=processes, attention=attention, tokens_per_second=tokens_per_second,
-                share_of_peak=0.4321, peak_memory_mib=54321, seconds_per_million_tokens=12.345, settings=changed)
+    return dict(
+        bench=bench,
+        machine=machine,
+        processes=processes,
+        attention=attention,
+        tokens_per_second=tokens_per_second,
+        share_of_peak=0.4321,
+        peak_memory_mib=54321,
+        seconds_per_million_tokens=12.345,
+        settings=changed,
+    )
 
 
 def test_the_speed_part_without_figures_says_so():
@@ -148,17 +215,26 @@ def test_the_speed_part_without_figures_says_so():
 
 
 def test_the_speed_part_has_the_fastest_figures_of_each_machine_and_kernel():
-    text = readme.speed_part([
-        result("train", tokens_per_second=1_250_000), result("train", tokens_per_second=1_200_000),
-        result("train", tokens_per_second=1_300_000, MICRO_BATCH_TOKENS="196608"),
-        result("train", tokens_per_second=9e9, NUM_LAYERS="2"),
-        result("score", tokens_per_second=62_000.4), result("score", tokens_per_second=2e6, EVAL_STRIDE="2048"),
-        result("ttt", DATA_PATH="x"), result("train", attention="flash", tokens_per_second=1_100_000), result("artifact"),
-        result("train", machine="NVIDIA H100 80GB HBM3", processes=8, tokens_per_second=9_000_000)])
+    text = readme.speed_part(
+        [
+            result("train", tokens_per_second=1_250_000),
+            result("train", tokens_per_second=1_200_000),
+            result("train", tokens_per_second=1_300_000, MICRO_BATCH_TOKENS="196608"),
+            result("train", tokens_per_second=9e9, NUM_LAYERS="2"),
+            result("score", tokens_per_second=62_000.4),
+            result("score", tokens_per_second=2e6, EVAL_STRIDE="2048"),
+            result("ttt", DATA_PATH="x"),
+            result("train", attention="flash", tokens_per_second=1_100_000),
+            result("artifact"),
+            result("train", machine="NVIDIA H100 80GB HBM3", processes=8, tokens_per_second=9_000_000),
+        ]
+    )
     assert cells(text) == [
-        HEADER, ["8 x H100 80GB HBM3", "cudnn", "699.1", "9,000,000", "43.2%", *NONE[:2], "54,321"],
+        HEADER,
+        ["8 x H100 80GB HBM3", "cudnn", "699.1", "9,000,000", "43.2%", *NONE[:2], "54,321"],
         ["one H200", "cudnn", "604.9", "1,300,000", "43.2%", "62,000", "12.35", "54,321"],
-        ["one H200", "flash", "714.9", "1,100,000", "43.2%", *NONE[:2], "54,321"]]
+        ["one H200", "flash", "714.9", "1,100,000", "43.2%", *NONE[:2], "54,321"],
+    ]
 
 
 def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(folder):
@@ -167,7 +243,8 @@ def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(fold
         ["`rtn+lzma`", "1,700,000", "+0.00130 ± 0.00020", "0.00120", "1.000"],
         ["`gptq+ans`", "1,698,000", "-0.00004 ± 0.00010", "0.00006", "0.050"],
         ["`rtn+lzma`", "1,200,000", "+0.00830 ± 0.00030", "0.00800", "1.000"],
-        ["`gptq+ans`", "1,199,000", "+0.00060 ± 0.00020", "0.00050", "0.062"]]
+        ["`gptq+ans`", "1,199,000", "+0.00060 ± 0.00020", "0.00050", "0.062"],
+    ]
     assert "`gptq+ans` takes 26.0% fewer bytes" in text and "131,072 tokens" in text and "3.6500" in text
     for broken in ("{", "[]", "{}", '{"points": [1]}'):
         Path("quantizers.json").write_text(broken)
@@ -178,7 +255,8 @@ def test_the_scoring_part_compares_with_the_first_row(folder):
     text = readme.scoring_part(Path("bench_eval.json"))
     assert cells(text)[1:] == [
         ["sliding", "`EVAL_STRIDE=64` `EVAL_SEQ_LEN=512`", "2.10000", "+0.00000", "100.0", "2,000", "1.00"],
-        ["streaming", "`EVAL_WINDOW=512`", "2.10021", "+0.00021", "12.0", "16,667", "8.33"]]
+        ["streaming", "`EVAL_WINDOW=512`", "2.10021", "+0.00021", "12.0", "16,667", "8.33"],
+    ]
     assert "On 200,000 tokens, 2 x CPU (x86_64), torch 2.13.0; seconds: median of 3, taking turns." in text
     for broken in ("{", "[]", "{}", '{"rows": []}'):
         Path("bench_eval.json").write_text(broken)
@@ -196,7 +274,15 @@ def test_figures_are_read_from_the_folder(folder):
     Path("a.jsonl").write_text(json.dumps(result("ttt")) + "\n" + json.dumps(result("score")) + "\n")
     Path("b.jsonl").write_text(json.dumps(result("train")) + "\n")
     assert cells(part(run(), "speed"))[1] == [
-        "one H200", "cudnn", "786.4", "1,000,000", "43.2%", "1,000,000", "12.35", "54,321"]
+        "one H200",
+        "cudnn",
+        "786.4",
+        "1,000,000",
+        "43.2%",
+        "1,000,000",
+        "12.35",
+        "54,321",
+    ]
     for broken in ("{", "[]", "1", '{"bench": "train"}'):
         Path("b.jsonl").write_text(f"{json.dumps(result('train'))}\n{broken}\n")
         assert fails() == "error: b.jsonl, line 2: no figures of tools/bench.py; measure again"
@@ -205,7 +291,9 @@ def test_figures_are_read_from_the_folder(folder):
 def test_events_of_runs_are_no_figures(folder):
     Path("a.jsonl").write_text(json.dumps(result("train")) + "\n")
     expected = part(run(), "speed")
-    Path("run.jsonl").write_text(json.dumps(dict(event="settings", time=0.1, settings={})) + '\n{"event": "cut')
+    Path("run.jsonl").write_text(
+        json.dumps(dict(event="settings", time=0.1, settings={})) + '\n{"event": "cut'
+    )
     assert part(run(), "speed") == expected
 
 
@@ -217,23 +305,41 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     assert part(text, "demo").strip() == readme.demo_part(parse_log(make_log(), "sketch"))
     assert run() == run("--check") == text
     assert capsys.readouterr().out.splitlines() == [
-        "README.md: wrote settings and demo and speed and quantizers and scoring", "README.md: up to date", "README.md: up to date"]
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "bench_eval.json", "demo.txt", "quantizers.json"]
+        "README.md: wrote settings and demo and speed and quantizers and scoring",
+        "README.md: up to date",
+        "README.md: up to date",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "bench_eval.json",
+        "demo.txt",
+        "quantizers.json",
+    ]
 
 
 def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
-    assert fails("--check") == "error: README.md: not up to date (settings and demo and speed and quantizers and scoring); run `python tools/readme.py`"
+    assert (
+        fails("--check")
+        == "error: README.md: not up to date (settings and demo and speed and quantizers and scoring); run `python tools/readme.py`"
+    )
     run()
     Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
     assert "not up to date (demo)" in fails("--check")
 
 
-@pytest.mark.parametrize("old, new, told", [
-    ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
-    ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
-    ("<!-- end -->\n\nAfter.", "After.", "closes the part `scoring`"),
-    ("<!-- generated: settings -->\n<!-- end -->\n", "<!-- generated: settings -->\n", "closes the part `settings`"),
-])
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
+        ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
+        ("<!-- end -->\n\nAfter.", "After.", "closes the part `scoring`"),
+        (
+            "<!-- generated: settings -->\n<!-- end -->\n",
+            "<!-- generated: settings -->\n",
+            "closes the part `settings`",
+        ),
+    ],
+)
 def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
     assert TEMPLATE.count(old) == 1
     Path("README.md").write_text(TEMPLATE.replace(old, new))
@@ -242,7 +348,7 @@ def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
 
 
 def test_a_demo_that_did_not_finish_is_refused(folder):
-    Path("demo.txt").write_text(make_log(PRINTED[:PRINTED.index("legal_ttt eval_time")]))
+    Path("demo.txt").write_text(make_log(PRINTED[: PRINTED.index("legal_ttt eval_time")]))
     assert fails().startswith("error: demo.txt: has no score of legal_ttt, so the run did not finish")
     Path("demo.txt").unlink()
     assert fails() == "error: demo.txt: cannot be read (No such file or directory)"
@@ -250,12 +356,26 @@ def test_a_demo_that_did_not_finish_is_refused(folder):
 
 def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs(tmp_path):
     """With the log as it was committed: `make demo` writes it anew."""
-    committed = subprocess.run(["git", "show", "HEAD:./logs/demo.txt"], cwd=ROOT, capture_output=True, text=True)
+    committed = subprocess.run(
+        ["git", "show", "HEAD:./logs/demo.txt"], cwd=ROOT, capture_output=True, text=True
+    )
     text = committed.stdout if committed.returncode == 0 else (ROOT / "logs/demo.txt").read_text("utf-8")
     (tmp_path / "demo.txt").write_text(text, "utf-8")
-    readme.main(["--check", "--readme", str(ROOT / "README.md"), "--log", str(tmp_path / "demo.txt"),
-                 "--bench", str(ROOT / "logs"), "--quantizers", str(ROOT / "logs/quantizers.json"),
-                 "--scoring", str(ROOT / "logs/bench_eval.json")])
+    readme.main(
+        [
+            "--check",
+            "--readme",
+            str(ROOT / "README.md"),
+            "--log",
+            str(tmp_path / "demo.txt"),
+            "--bench",
+            str(ROOT / "logs"),
+            "--quantizers",
+            str(ROOT / "logs/quantizers.json"),
+            "--scoring",
+            str(ROOT / "logs/bench_eval.json"),
+        ]
+    )
     demo = part((ROOT / "README.md").read_text("utf-8"), "demo")
     scores = [row[1] for row in cells(demo)[1:]]
     logged = re.findall(r"val_bpb:(\d+\.\d+)", text)

@@ -1,4 +1,5 @@
 """The numbers of record_parity.npz (another file of the same form: RECORD_PARITY_NPZ=path), within its tolerances."""
+
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,9 @@ DATA = np.load(os.environ.get("RECORD_PARITY_NPZ") or Path(__file__).parent / "d
 CONFIG = json.loads(str(DATA["config"]))
 RUNS = [key.split("/")[1] for key in DATA.files if key.startswith("ttt_settings/")]
 NAMES = [key[2:] for key in DATA.files if key.startswith("w/")]
-CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+CPU_HAS_BF16 = (
+    torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+)
 MUON_TOLERANCE = 2e-3 if CPU_HAS_BF16 else 5e-3
 
 
@@ -32,19 +35,32 @@ def unbanked(model, name, gradient=False):
     L = len(model.blocks)
     if name.startswith("blocks."):
         layer, part = int(name.split(".")[1]), name.split(".", 2)[2]
-        banked = {"attn.c_q.weight": (model.qo_bank, 0), "attn.proj.weight": (model.qo_bank, L),
-                  "attn.c_k.weight": (model.kv_bank, 0), "attn.c_v.weight": (model.kv_bank, L),
-                  "mlp.fc.weight": (model.up_bank, 0), "mlp.proj.weight": (model.down_bank, 0)}
+        banked = {
+            "attn.c_q.weight": (model.qo_bank, 0),
+            "attn.proj.weight": (model.qo_bank, L),
+            "attn.c_k.weight": (model.kv_bank, 0),
+            "attn.c_v.weight": (model.kv_bank, L),
+            "mlp.fc.weight": (model.up_bank, 0),
+            "mlp.proj.weight": (model.down_bank, 0),
+        }
         if part in banked:
             bank, offset = banked[part]
             return get(bank)[offset + layer]
         return get(getattr(model.blocks[layer], part.removeprefix("attn.")))
     if name.startswith("ve_layer_scales."):
         index = int(name.split(".")[1])
-        return get(model.ve_layer_scales)[index:index + 1]
-    plain = {"tok_emb.weight": "tok_emb", "skip_weights": "skip_weights", "smear.gate": "smear_gate",
-             "bigram.scale": "bigram_scale", "bigram.embed.weight": "bigram_table", "bigram.proj.weight": "bigram_proj",
-             "ve_shared.scale": "ve_scale", "ve_shared.embed.weight": "ve_table", "ve_shared.proj.weight": "ve_proj"}
+        return get(model.ve_layer_scales)[index : index + 1]
+    plain = {
+        "tok_emb.weight": "tok_emb",
+        "skip_weights": "skip_weights",
+        "smear.gate": "smear_gate",
+        "bigram.scale": "bigram_scale",
+        "bigram.embed.weight": "bigram_table",
+        "bigram.proj.weight": "bigram_proj",
+        "ve_shared.scale": "ve_scale",
+        "ve_shared.embed.weight": "ve_table",
+        "ve_shared.proj.weight": "ve_proj",
+    }
     return get(getattr(model, plain[name]))
 
 
@@ -80,7 +96,7 @@ def test_logits_loss_and_gradients():
 def test_rotary_base_grows_with_long_sequences():
     with torch.no_grad():
         logits = record_model(settings()).logits(tensor("long_x"))
-    assert_close(logits[:, -DATA["long_logits_tail"].shape[1]:], tensor("long_logits_tail"), 1e-4)
+    assert_close(logits[:, -DATA["long_logits_tail"].shape[1] :], tensor("long_logits_tail"), 1e-4)
 
 
 def scorer_of(model, s):
@@ -121,7 +137,9 @@ def test_muon_steps(prefix):
     steps = sum(key.startswith(prefix + "g") for key in DATA.files)
     for i in range(steps):
         before = p.clone()
-        T.apply_muon_update(p, T.muon_update(tensor(f"{prefix}g{i}"), buffer, 0.95, 5), lr=0.02, weight_decay=0.04)
+        T.apply_muon_update(
+            p, T.muon_update(tensor(f"{prefix}g{i}"), buffer, 0.95, 5), lr=0.02, weight_decay=0.04
+        )
         change = tensor(f"{prefix}p{i + 1}") - tensor(f"{prefix}p{i}")
         assert_close(p - before, change, MUON_TOLERANCE)
 

@@ -1,4 +1,5 @@
 """tools/runlog.py: what a log says of its run, whether as JSON lines, as this program's lines, or as the challenge's."""
+
 import hashlib
 import json
 import math
@@ -12,8 +13,16 @@ from train_gpt import FIELDS, RunError, show
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 SOURCE = Path(train_gpt.__file__).read_text("utf-8")
-CHANGED = dict(RUN_ID="sketch", SEED="7", NUM_LAYERS="4", VE_LAYERS="2,3", TRAIN_BATCH_TOKENS="4096", EVAL_STRIDE="32",
-               DATA_PATH="/a folder/shards", ARTIFACT_PATH="/a folder/sketch.bin")
+CHANGED = dict(
+    RUN_ID="sketch",
+    SEED="7",
+    NUM_LAYERS="4",
+    VE_LAYERS="2,3",
+    TRAIN_BATCH_TOKENS="4096",
+    EVAL_STRIDE="32",
+    DATA_PATH="/a folder/shards",
+    ARTIFACT_PATH="/a folder/sketch.bin",
+)
 PRINTED = """\
 8 x NVIDIA H100 80GB HBM3, attention: FlashAttention 3, torch 2.9.1+cu128, Python 3.12.3
 3327044 parameters; tokens: 120001 for validation, 3967231 for training, 32769 held out
@@ -76,8 +85,15 @@ def make_log(printed: str = PRINTED, source: str = SOURCE, **changed: str) -> st
 
 def make_events() -> list[dict]:
     """The events of a log, with those values that only the .jsonl has."""
-    more = dict(settings=dict(changed=list(CHANGED)), step=dict(multiplier=1.0), size=dict(side_bytes=1000, limit=16000000))
-    return [event | more.get(event["event"], {}) | dict(time=1.5 * i) for i, event in enumerate(events_of_text(make_log()))]
+    more = dict(
+        settings=dict(changed=list(CHANGED)),
+        step=dict(multiplier=1.0),
+        size=dict(side_bytes=1000, limit=16000000),
+    )
+    return [
+        event | more.get(event["event"], {}) | dict(time=1.5 * i)
+        for i, event in enumerate(events_of_text(make_log()))
+    ]
 
 
 def json_lines(events: list[dict]) -> str:
@@ -100,40 +116,75 @@ def test_each_figure_is_read_from_its_line():
     assert (log.parameters, log.steps, log.bytes_total) == (3327044, 40, 2923801)
     assert log.holdout_losses == dict(raw=5.558981, ema=5.510468, swa=5.597565) and log.chosen == "ema"
     assert log.stages == dict(
-        training=Stage(5.5553, 3.1111, 20.0, 687), averaged=Stage(5.50527908, 3.08305629, 18.106, 687),
-        roundtrip=Stage(5.51504779, 3.08852676, 7.853, 1687), sliding=Stage(5.4976067, 3.07875962, 29.142, 1702),
-        ttt=Stage(5.48361088, 3.0709208, 75.456, 2687))
+        training=Stage(5.5553, 3.1111, 20.0, 687),
+        averaged=Stage(5.50527908, 3.08305629, 18.106, 687),
+        roundtrip=Stage(5.51504779, 3.08852676, 7.853, 1687),
+        sliding=Stage(5.4976067, 3.07875962, 29.142, 1702),
+        ttt=Stage(5.48361088, 3.0709208, 75.456, 2687),
+    )
     assert log.final == log.stages["ttt"]
 
 
 def test_each_line_is_the_event_that_it_stands_for():
     found = {event["event"]: event for event in events_of_text(make_log())}
-    assert found["data"] == dict(event="data", parameters=3327044, validation_tokens=120001, training_tokens=3967231,
-                                 holdout_tokens=32769)
+    assert found["data"] == dict(
+        event="data",
+        parameters=3327044,
+        validation_tokens=120001,
+        training_tokens=3967231,
+        holdout_tokens=32769,
+    )
     assert found["warm_up"] == dict(event="warm_up", took=24.2, reserve=10337)
-    assert found["step"] == dict(event="step", step=10, iterations=20000, train_loss=6.8938, train_time=7661, step_avg=766.09,
-                                 tokens_per_second=5347, memory=687, left=24)
+    assert found["step"] == dict(
+        event="step",
+        step=10,
+        iterations=20000,
+        train_loss=6.8938,
+        train_time=7661,
+        step_avg=766.09,
+        tokens_per_second=5347,
+        memory=687,
+        left=24,
+    )
     assert found["swa"] == dict(event="swa", step=30)
     assert found["late_qat"] == dict(event="late_qat", step=36, knob=1.0)
     assert found["progress"] == dict(event="progress", stage="training", done=0.72, left=8)
     assert found["quantized"] == dict(event="quantized", quantizer="gptq", took=1.5, knob=1.0)
-    assert found["size"] == dict(event="size", artifact_bytes=2923801 - len(SOURCE.encode()), code_bytes=len(SOURCE.encode()))
+    assert found["size"] == dict(
+        event="size", artifact_bytes=2923801 - len(SOURCE.encode()), code_bytes=len(SOURCE.encode())
+    )
     assert found["compiled"] == dict(event="compiled", took=61.3)
     assert found["ttt_chunk"] == dict(event="ttt_chunk", chunk=2, chunks=2, bpb=3.070921, seconds=75.5)
-    assert found["stage"] == dict(event="stage", stage="legal_ttt", eval_time=75456, memory=2687, val_loss=5.48361088,
-                                  val_bpb=3.0709208)
+    assert found["stage"] == dict(
+        event="stage", stage="legal_ttt", eval_time=75456, memory=2687, val_loss=5.48361088, val_bpb=3.0709208
+    )
 
 
 def test_names_and_values_are_an_events_line_too():
     events = events_of_text(make_log())
     own = ("settings", "step", "validation", "stage", "size", "ttt_chunk", "progress")
-    written = {json.dumps(e): " ".join(f"{k}:{v}" if k != "event" else v for k, v in e.items())
-               for e in events if e["event"] not in own}
-    assert any(line == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 "
-               "python:3.12.3" for line in written.values()) and len(written) == 12
+    written = {
+        json.dumps(e): " ".join(f"{k}:{v}" if k != "event" else v for k, v in e.items())
+        for e in events
+        if e["event"] not in own
+    }
+    assert (
+        any(
+            line
+            == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 "
+            "python:3.12.3"
+            for line in written.values()
+        )
+        and len(written) == 12
+    )
     assert events_of_text("\n".join(written.values())) == [json.loads(event) for event in written]
-    assert events_of_text("resumed step:20 took:1.5e-05\nerror message:disk full: 3 bytes\naudit share:much\nstep by step") == [
-        dict(event="resumed", step=20, took=1.5e-05), dict(event="error", message="disk full: 3 bytes"), dict(event="audit")]
+    assert events_of_text(
+        "resumed step:20 took:1.5e-05\nerror message:disk full: 3 bytes\naudit share:much\nstep by step"
+    ) == [
+        dict(event="resumed", step=20, took=1.5e-05),
+        dict(event="error", message="disk full: 3 bytes"),
+        dict(event="audit"),
+    ]
 
 
 def test_the_json_lines_and_the_text_tell_the_same_run(tmp_path):
@@ -143,17 +194,26 @@ def test_the_json_lines_and_the_text_tell_the_same_run(tmp_path):
     assert log.changed_settings == plain.changed_settings == CHANGED
     assert latest(log.events, "step")["multiplier"] == 1 and "multiplier" not in latest(plain.events, "step")
     path.unlink()
-    assert (alone := read_log(path.with_suffix(".jsonl"))).source == "" and alone.source_sha256 == log.source_sha256
+    assert (
+        alone := read_log(path.with_suffix(".jsonl"))
+    ).source == "" and alone.source_sha256 == log.source_sha256
 
 
 def test_changed_settings_are_those_that_differ_from_the_logged_sources_defaults():
     assert parse_log(make_log(), "sketch").changed_settings == CHANGED
-    rows = "\n".join(f"{name}={show(f.default) if isinstance(f.default, tuple) else repr(f.default)} 0.. help"
-                     for name, f in FIELDS.items())
+    rows = "\n".join(
+        f"{name}={show(f.default) if isinstance(f.default, tuple) else repr(f.default)} 0.. help"
+        for name, f in FIELDS.items()
+    )
     old = ", ".join(f"{name.lower()}=({f.default!r}, 'help', 0)" for name, f in FIELDS.items())
-    for source, default in ((f'import os\nTABLE = """\n{rows}\n"""\n', "SEED=1337"), (f"SETTINGS = dict({old})", "seed=(1337")):
+    for source, default in (
+        (f'import os\nTABLE = """\n{rows}\n"""\n', "SEED=1337"),
+        (f"SETTINGS = dict({old})", "seed=(1337"),
+    ):
         assert parse_log(make_log(source=source), "sketch").changed_settings == CHANGED
-        changed = parse_log(make_log(source=source.replace(default, default.replace("1337", "7"))), "sketch").changed_settings
+        changed = parse_log(
+            make_log(source=source.replace(default, default.replace("1337", "7"))), "sketch"
+        ).changed_settings
         assert changed == {name: value for name, value in CHANGED.items() if name != "SEED"}
     for source in ("no Python!", "SETTINGS = 3", "print()", "TABLE = open('t')"):
         with pytest.raises(RunError, match="run sketch: the source in its log is no train_gpt.py"):
@@ -161,13 +221,13 @@ def test_changed_settings_are_those_that_differ_from_the_logged_sources_defaults
 
 
 def test_without_ttt_the_sliding_score_is_the_last():
-    log = parse_log(make_log(PRINTED[:PRINTED.index("ttt_chunk")], TTT_ENABLED="0"), "sketch")
+    log = parse_log(make_log(PRINTED[: PRINTED.index("ttt_chunk")], TTT_ENABLED="0"), "sketch")
     assert log.final.val_bpb == 3.07875962 and "ttt" not in log.stages
 
 
 def test_a_log_cut_after_any_line_is_refused(tmp_path):
     text = make_log()
-    for end in [i for i, character in enumerate(text) if character == "\n"][SOURCE.count("\n"):-1]:
+    for end in [i for i, character in enumerate(text) if character == "\n"][SOURCE.count("\n") : -1]:
         with pytest.raises(RunError, match="^sketch: "):
             parse_log(text[:end], "sketch")
     for end in range(text.rindex("legal_ttt_exact"), len(text) - 1):
@@ -194,21 +254,37 @@ def test_a_score_that_is_no_number_is_refused(tmp_path):
             final_score(path)
 
 
-@pytest.mark.parametrize("damage, told", [
-    (lambda text: text[:-30], "its last line is cut"),
-    (lambda text: text[:-1], "its last line is cut"),
-    (lambda text: text.replace('"event": "machine"', '"event"'), "line 2: no JSON"),
-    (lambda text: text.replace('"event": "machine"', '"bench": "train"'), "line 2: no event"),
-    (lambda text: text.replace("3327044", '"3327044"'), "line 3: parameters of the event 'data' is '3327044'"),
-    (lambda text: text.replace('"NVIDIA H100 80GB HBM3"', "8"), "line 2: hardware of the event 'machine' is 8"),
-    (lambda text: text.replace('"changed": [', '"changed": ["NO_SUCH", '), "line 1: it lacks settings"),
-    (lambda text: text.replace('"processes": 8, ', ""), "has no line on the machine"),
-    (lambda text: text.replace('"steps": 40', '"steps": null'), "has no end of training"),
-    (lambda text: text.replace('"source_sha256": "', '"source_sha256": "0'), "its source is not the one"),
-    (lambda text: text.replace('"EVAL_ONLY": "0"', '"EVAL_ONLY": "1"'), "EVAL_ONLY=1; give the log of the run that trained"),
-    (lambda text: text[:text.rindex('{"event": "stage"')] + '{"event": "error", "message": "disk full"}\n',
-     "no score of legal_ttt.*it ended in: disk full"),
-])
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda text: text[:-30], "its last line is cut"),
+        (lambda text: text[:-1], "its last line is cut"),
+        (lambda text: text.replace('"event": "machine"', '"event"'), "line 2: no JSON"),
+        (lambda text: text.replace('"event": "machine"', '"bench": "train"'), "line 2: no event"),
+        (
+            lambda text: text.replace("3327044", '"3327044"'),
+            "line 3: parameters of the event 'data' is '3327044'",
+        ),
+        (
+            lambda text: text.replace('"NVIDIA H100 80GB HBM3"', "8"),
+            "line 2: hardware of the event 'machine' is 8",
+        ),
+        (lambda text: text.replace('"changed": [', '"changed": ["NO_SUCH", '), "line 1: it lacks settings"),
+        (lambda text: text.replace('"processes": 8, ', ""), "has no line on the machine"),
+        (lambda text: text.replace('"steps": 40', '"steps": null'), "has no end of training"),
+        (lambda text: text.replace('"source_sha256": "', '"source_sha256": "0'), "its source is not the one"),
+        (
+            lambda text: text.replace('"EVAL_ONLY": "0"', '"EVAL_ONLY": "1"'),
+            "EVAL_ONLY=1; give the log of the run that trained",
+        ),
+        (
+            lambda text: (
+                text[: text.rindex('{"event": "stage"')] + '{"event": "error", "message": "disk full"}\n'
+            ),
+            "no score of legal_ttt.*it ended in: disk full",
+        ),
+    ],
+)
 def test_a_damaged_jsonl_is_told(tmp_path, damage, told):
     text = json_lines(make_events())
     path = write_run(tmp_path, [])
@@ -220,9 +296,12 @@ def test_a_damaged_jsonl_is_told(tmp_path, damage, told):
 
 def test_what_is_no_log_is_told(tmp_path):
     path = tmp_path / "a.txt"
-    for data, told in ((b"# notes\n", "no log of train_gpt.py"), (b"", "no log of train_gpt.py"),
-                       (b"\xff\xfe", "no log of train_gpt.py; it is no UTF-8"),
-                       (None, "cannot be read .No such file or directory")):
+    for data, told in (
+        (b"# notes\n", "no log of train_gpt.py"),
+        (b"", "no log of train_gpt.py"),
+        (b"\xff\xfe", "no log of train_gpt.py; it is no UTF-8"),
+        (None, "cannot be read .No such file or directory"),
+    ):
         path.unlink() if data is None else path.write_bytes(data)
         with pytest.raises(RunError, match=f"^{path}: {told}"):
             read_log(path)
@@ -237,13 +316,30 @@ def test_of_what_a_resumed_run_did_again_the_later_counts(tmp_path):
     def chunk(number: int, bpb: float) -> dict:
         return dict(event="ttt_chunk", chunk=number, bpb=bpb)
 
-    path = write_run(tmp_path, [
-        step(100, 3.0), step(200, 2.5), dict(event="swa", step=250), dict(event="validation", step=300, val_bpb=1.5),
-        step(350, 2.2), dict(event="resumed", step=150), step(200, 2.4), step(300, 2.1),
-        dict(event="validation", step=300, val_bpb=1.4),
-        chunk(1, 1.3), chunk(2, 1.2), dict(event="resumed", chunk=1), chunk(2, 1.1)])
+    path = write_run(
+        tmp_path,
+        [
+            step(100, 3.0),
+            step(200, 2.5),
+            dict(event="swa", step=250),
+            dict(event="validation", step=300, val_bpb=1.5),
+            step(350, 2.2),
+            dict(event="resumed", step=150),
+            step(200, 2.4),
+            step(300, 2.1),
+            dict(event="validation", step=300, val_bpb=1.4),
+            chunk(1, 1.3),
+            chunk(2, 1.2),
+            dict(event="resumed", chunk=1),
+            chunk(2, 1.1),
+        ],
+    )
     events = read_events(path)
-    assert [(e["step"], e["train_loss"]) for e in events if e["event"] == "step"] == [(100, 3.0), (200, 2.4), (300, 2.1)]
+    assert [(e["step"], e["train_loss"]) for e in events if e["event"] == "step"] == [
+        (100, 3.0),
+        (200, 2.4),
+        (300, 2.1),
+    ]
     assert [e["val_bpb"] for e in events if e["event"] == "validation"] == [1.4] and not latest(events, "swa")
     assert [(e["chunk"], e["bpb"]) for e in events if e["event"] == "ttt_chunk"] == [(1, 1.3), (2, 1.1)]
 
@@ -254,14 +350,21 @@ def test_a_log_of_the_challenge_gives_events_and_a_score(tmp_path, source):
     path.write_text(source + CHALLENGE)
     events = read_events(path)
     assert final_score(path) == (1.88712345, 1.1177)
-    assert latest(events, "settings")["settings"] == dict(SEED="1337", TRAIN_BATCH_TOKENS="786432", TRAIN_SEQ_LEN="2048",
-                                                          ITERATIONS="20000")
+    assert latest(events, "settings")["settings"] == dict(
+        SEED="1337", TRAIN_BATCH_TOKENS="786432", TRAIN_SEQ_LEN="2048", ITERATIONS="20000"
+    )
     assert [e["train_loss"] for e in events if e["event"] == "step"] == [2.4012]
-    assert [(e["step"], e["val_bpb"]) for e in events if e["event"] == "validation"] == [(0, 4.1049), (7189, 1.1376)]
+    assert [(e["step"], e["val_bpb"]) for e in events if e["event"] == "validation"] == [
+        (0, 4.1049),
+        (7189, 1.1376),
+    ]
     assert latest(events, "size") == dict(event="size", artifact_bytes=15851372, code_bytes=93038)
     assert latest(events, "trained") == dict(event="trained", train_time=600031, steps=7189)
     assert [(e["stage"], e.get("eval_time"), e["val_bpb"]) for e in events if e["event"] == "stage"] == [
-        ("final_int6_roundtrip", 6000, 1.1449), ("final_int6_sliding_window", None, 1.1214), ("legal_ttt", 478500, 1.1177)]
+        ("final_int6_roundtrip", 6000, 1.1449),
+        ("final_int6_sliding_window", None, 1.1214),
+        ("legal_ttt", 478500, 1.1177),
+    ]
     assert (latest(events, "swa")["step"], latest(events, "late_qat")["step"]) == (6450, 6680)
     assert latest(events, "ttt_chunk")["seconds"] == 478
     with pytest.raises(RunError, match="no log of train_gpt.py|has no line on the machine"):
@@ -270,7 +373,9 @@ def test_a_log_of_the_challenge_gives_events_and_a_score(tmp_path, source):
     assert latest(read_events(path), "size") == dict(event="size", total_bytes=15944410)
 
 
-@pytest.mark.parametrize("name, steps, bpb", [("experiment", 545, 2.14967174), ("eval_model", 602, 2.15381994)])
+@pytest.mark.parametrize(
+    "name, steps, bpb", [("experiment", 545, 2.14967174), ("eval_model", 602, 2.15381994)]
+)
 def test_logs_of_older_versions_can_be_read(name, steps, bpb):
     log = read_log(ROOT / f"logs/{name}.txt")
     assert log.steps == steps and log.final.val_bpb == bpb == final_score(ROOT / f"logs/{name}.txt")[1]
@@ -281,8 +386,12 @@ def test_what_a_run_writes_can_be_read(tmp_path):
     tiny.make_data(tmp_path)
     assert not tiny.run(tmp_path).status
     log = read_log(tmp_path / "logs/tiny.txt")
-    assert log.source == SOURCE and log.steps == tiny.SETTINGS["ITERATIONS"] and log.chosen in log.holdout_losses
-    assert log.changed_settings.items() >= dict(RUN_ID="tiny", NUM_LAYERS="2", TRAIN_BATCH_TOKENS="512").items()
+    assert (
+        log.source == SOURCE and log.steps == tiny.SETTINGS["ITERATIONS"] and log.chosen in log.holdout_losses
+    )
+    assert (
+        log.changed_settings.items() >= dict(RUN_ID="tiny", NUM_LAYERS="2", TRAIN_BATCH_TOKENS="512").items()
+    )
     assert "EMA_DECAY" not in log.changed_settings
     assert list(log.stages) == ["training", "averaged", "roundtrip", "sliding", "ttt"]
     assert log.bytes_total == log.bytes_code + (tmp_path / "logs/tiny.bin").stat().st_size

@@ -1,4 +1,5 @@
 """Every target is scored once, and weights learn only from what has been scored."""
+
 import math
 from itertools import product
 
@@ -6,7 +7,16 @@ import pytest
 import torch
 
 import train_gpt as T
-from helpers import byte_tables, made_up_tokens, random_batch, random_model, scorer_of, settings, snapshot, undone
+from helpers import (
+    byte_tables,
+    made_up_tokens,
+    random_batch,
+    random_model,
+    scorer_of,
+    settings,
+    snapshot,
+    undone,
+)
 
 
 class PerTarget(T.Scorer):
@@ -18,9 +28,9 @@ class PerTarget(T.Scorer):
             self.nll = torch.full((self.targets,), math.nan, dtype=torch.float64)
         for start, begin, end in plan.tolist():
             assert self.nll[begin:end].isnan().all()  # none is scored twice
-            tokens = self.tokens[None, start:start + self.window + 1].long()
+            tokens = self.tokens[None, start : start + self.window + 1].long()
             nll = self.model(tokens[:, :-1], tokens[:, 1:])[0]
-            self.nll[begin:end] = nll[begin - start:end - start].double()
+            self.nll[begin:end] = nll[begin - start : end - start].double()
         return super().score(plan, *args, **kwargs)
 
 
@@ -49,6 +59,7 @@ class Plain:
 
 
 # Windows
+
 
 @pytest.mark.parametrize("window", [1, 2, 16, 33])
 def test_every_target_is_scored_once(window):
@@ -92,7 +103,10 @@ def test_totals_are_those_of_each_window_on_its_own(n, stride):
 def test_scores_do_not_depend_on_the_batch_size():
     s, tokens = settings(), torch.as_tensor(made_up_tokens(110))
     model = random_model(s)
-    scores = [T.Scorer(model, tokens, byte_tables(), 32, batch_tokens).score_all(5) for batch_tokens in (1, 96, 224, 4096)]
+    scores = [
+        T.Scorer(model, tokens, byte_tables(), 32, batch_tokens).score_all(5)
+        for batch_tokens in (1, 96, 224, 4096)
+    ]
     for score in scores[1:]:
         assert score == pytest.approx(scores[0], rel=1e-6)
 
@@ -124,6 +138,7 @@ def test_a_later_token_changes_no_score():
 
 
 # Chunks
+
 
 class Spy(T.Learner):
     """A Learner that learns nothing, and writes down what it is asked to."""
@@ -180,14 +195,18 @@ def test_a_window_belongs_to_the_chunk_of_the_first_target_it_scores():
 def test_learning_rate_falls_as_a_cosine():
     events, *_ = spied(200, TTT_CHUNK_TOKENS=40, TTT_LR=0.5)
     rates = [event[2] for event in events if isinstance(event, tuple)]
-    assert rates == pytest.approx([0.5, 0.25 * (1 + 0.5 ** 0.5), 0.25, 0.25 * (1 - 0.5 ** 0.5)])
+    assert rates == pytest.approx([0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0.25 * (1 - 0.5**0.5)])
 
 
 @pytest.mark.parametrize("epochs, expected", [(3, (2, 3, 4)), (1, (1, 1, 2))])
 def test_hard_chunks_get_an_epoch_more_and_easy_ones_one_less(epochs, expected):
     s = settings(TTT_EPOCHS=epochs, TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_LOW=1.75, TTT_ENTROPY_HIGH=2.1)
     assert tuple(T.chunk_epochs(s, loss, late=False) for loss in (1.7, 1.8, 2.2)) == expected
-    assert tuple(T.chunk_epochs(s, loss, late=True) for loss in (1.7, 1.8, 2.2)) == (expected[0], epochs, epochs)
+    assert tuple(T.chunk_epochs(s, loss, late=True) for loss in (1.7, 1.8, 2.2)) == (
+        expected[0],
+        epochs,
+        epochs,
+    )
     for s, loss in ((s, 1.75), (s, 2.1), (settings(TTT_EPOCHS=epochs), 1), (settings(TTT_EPOCHS=epochs), 3)):
         assert T.chunk_epochs(s, loss, late=False) == epochs  # neither hard nor easy, or it does not matter
 
@@ -196,11 +215,14 @@ def test_no_extra_epochs_late():
     s = settings(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=0, TTT_ENTROPY_LOW=0, EVAL_TIME_SOFT_CAP_SECONDS=100)
     model = T.GPT(s)
     clock = iter([0, 0, 0, 84, 84, 84, 86, 86, 86, 86, 86, 86, 86])  # one look, then three a chunk
-    _, records = T.score_first_ttt(scorer_of(model, s, made_up_tokens(160)), T.Learner(model, s), s, lambda: next(clock))
+    _, records = T.score_first_ttt(
+        scorer_of(model, s, made_up_tokens(160)), T.Learner(model, s), s, lambda: next(clock)
+    )
     assert [epochs for _, epochs in records] == [4, 4, 3, 0]
 
 
 # Learning
+
 
 def learner_of(seed=0, **extra):
     s = settings(**extra)
@@ -224,8 +246,8 @@ def test_ttt_scores_no_target_with_knowledge_of_a_later_token(muon):
     assert not one.isnan().any()
     for i in (1, 20, 47, 48, 49, 97, 150):
         other = nll_of(changed(tokens, i))
-        assert torch.equal(one[:i - 1], other[:i - 1]), i
-        assert (one[i - 1:] != other[i - 1:]).any(), i
+        assert torch.equal(one[: i - 1], other[: i - 1]), i
+        assert (one[i - 1 :] != other[i - 1 :]).any(), i
 
 
 def test_learning_helps():
@@ -245,8 +267,10 @@ def test_sgd_is_torchs_with_buffers_kept_from_chunk_to_chunk(clip):
     for lr, tokens in ((0.1, chunk_tokens(3)), (0.05, chunk_tokens(2, seed=1))):
         learner.learn(tokens, epochs=2, lr=lr)
         for _ in range(2):
-            for first in range(0, len(tokens) - 1, 32):  # batches of two sequences, a last one of what is left
-                rows = tokens[first:first + 33].long()
+            for first in range(
+                0, len(tokens) - 1, 32
+            ):  # batches of two sequences, a last one of what is left
+                rows = tokens[first : first + 33].long()
                 plain.model(rows[:-1].view(-1, 16), rows[1:].view(-1, 16)).mean().backward()
                 if clip:
                     torch.nn.utils.clip_grad_norm_(plain.weights, clip)
@@ -267,7 +291,9 @@ def test_muon_moves_each_matrix_by_its_orthogonalised_gradient_and_the_rest_by_i
     for w, before, grad in zip(learner.weights, start, grads):
         matrices = grad if grad.dim() == 3 else grad[None]
         update = torch.stack([T.newton_schulz(m, 2) for m in matrices]).view_as(w) if grad.dim() > 1 else grad
-        torch.testing.assert_close(before - w, 0.1 * update.float(), rtol=2e-2, atol=2e-3 if grad.dim() > 1 else 1e-6)
+        torch.testing.assert_close(
+            before - w, 0.1 * update.float(), rtol=2e-2, atol=2e-3 if grad.dim() > 1 else 1e-6
+        )
 
 
 @pytest.mark.parametrize("muon", [0, 1])
@@ -286,7 +312,9 @@ def parts(model):
     """(layer it belongs to, weights) for all parts of a model of 4 layers; layer 4 for what belongs to none."""
     for name, p in model.named_parameters():
         if name in (*model.BANKS, "skip_weights", "ve_layer_scales"):
-            layers = {"skip_weights": (2, 3), "ve_layer_scales": (1, 3)}.get(name, [i % 4 for i in range(len(p))])
+            layers = {"skip_weights": (2, 3), "ve_layer_scales": (1, 3)}.get(
+                name, [i % 4 for i in range(len(p))]
+            )
             yield from zip(layers, p.detach(), strict=True)
         else:
             yield int(name.split(".")[1]) if name.startswith("blocks.") else 4, p.detach()

@@ -1,4 +1,5 @@
 """One pass over the text: each position is computed once, sees the last ones, and is learnt from after it was scored."""
+
 import math
 from itertools import islice, product
 
@@ -13,6 +14,7 @@ STREAMING = dict(EVAL_MODE="streaming", EVAL_SEQ_LEN=24, TTT_CHUNK_TOKENS=16, TT
 
 def banded(window):
     """Attention over a whole text in which each position sees the last `window` ones: what streaming has to equal."""
+
     def attention(q, k, v, band=None):
         at = torch.arange(q.size(1))
         sees = (at <= at[:, None]) & (at > at[:, None] - window)
@@ -20,6 +22,7 @@ def banded(window):
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(groups, 2)) * q.size(-1) ** -0.5
         weights = scores.masked_fill(~sees, -math.inf).softmax(-1)
         return torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(groups, 2))
+
     return attention
 
 
@@ -41,7 +44,9 @@ def test_a_stream_scores_like_the_whole_text_at_once(n, window):
     scorer = scorer_of(random_model(s), s, tokens, PerTarget)
     scorer.batch = 1  # eight lanes at most, one at a time
     score, whole = scorer.stream_all(), whole_text_nll(s, tokens, window)
-    first = n if n < 16 * 2 * window else scorer.targets // 2  # of the first lane, which has all there is before it
+    first = (
+        n if n < 16 * 2 * window else scorer.targets // 2
+    )  # of the first lane, which has all there is before it
     torch.testing.assert_close(scorer.nll[:first], whole[:first], rtol=0, atol=1e-5)
     assert score.tokens == n
     assert score.nats == pytest.approx(scorer.nll.sum().item(), rel=1e-9)
@@ -95,7 +100,9 @@ def test_positions_stay_small_in_a_long_stream():
     scorer, longest = scorer_of(random_model(s), s, tokens, PerTarget), []
     tables = T.rotary_tables
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "rotary_tables", lambda length, *args: longest.append(length) or tables(length, *args))
+        patch.setattr(
+            T, "rotary_tables", lambda length, *args: longest.append(length) or tables(length, *args)
+        )
         scorer.score(*one_lane(scorer))
     assert max(longest) == 20
     torch.testing.assert_close(scorer.nll[64:128], scorer.nll[-64:], rtol=0, atol=1e-5)
@@ -103,16 +110,22 @@ def test_positions_stay_small_in_a_long_stream():
 
 def test_the_rotary_base_is_that_of_the_window():
     """Beyond 1,024 positions the base depends on the length the model is used at."""
-    s, tokens = settings(EVAL_SEQ_LEN=1500, NUM_LAYERS=1, VE_LAYERS="0"), torch.as_tensor(made_up_tokens(1701))
+    s, tokens = (
+        settings(EVAL_SEQ_LEN=1500, NUM_LAYERS=1, VE_LAYERS="0"),
+        torch.as_tensor(made_up_tokens(1701)),
+    )
     scorer = scorer_of(random_model(s), s, tokens, PerTarget)
     scorer.score(*one_lane(scorer))
-    with torch.no_grad():  # one layer: a position sees just what its window holds, but for the first two's embedding
+    with (
+        torch.no_grad()
+    ):  # one layer: a position sees just what its window holds, but for the first two's embedding
         window = tokens[-1501:].long()
         nll = random_model(s)(window[None, :-1], window[None, 1:])[0].double()
     torch.testing.assert_close(scorer.nll[-1:], nll[-1:], rtol=0, atol=1e-3)
 
 
 # Learning
+
 
 def stream_ttt(tokens, model_seed=0, **extra):
     s = settings(**STREAMING | extra)
@@ -135,7 +148,9 @@ def test_ttt_scores_every_target_once(n):
 def test_without_a_step_ttt_scores_as_one_stream():
     tokens = torch.as_tensor(made_up_tokens(151))
     scorer, *_ = stream_ttt(tokens, TTT_LR=0)
-    torch.testing.assert_close(scorer.nll, whole_text_nll(settings(**STREAMING), tokens, 24), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        scorer.nll, whole_text_nll(settings(**STREAMING), tokens, 24), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("muon", [0, 1])
@@ -147,13 +162,17 @@ def test_ttt_scores_no_target_with_knowledge_of_a_later_token(muon):
     one = nll_of(tokens)
     for i in (1, 23, 24, 25, 39, 40, 41, 100, 150):
         other = nll_of(changed(tokens, i))
-        assert torch.equal(one[:i - 1], other[:i - 1]), i
-        assert (one[i - 1:] != other[i - 1:]).any(), i
+        assert torch.equal(one[: i - 1], other[: i - 1]), i
+        assert (one[i - 1 :] != other[i - 1 :]).any(), i
 
 
 @pytest.mark.parametrize("mode", ["windowed", "streamed"])
 def test_chunks_may_begin_where_others_have_ended(mode):
-    s, tokens, chunks = settings(**STREAMING), torch.as_tensor(made_up_tokens(151)), getattr(T, f"{mode}_chunks")
+    s, tokens, chunks = (
+        settings(**STREAMING),
+        torch.as_tensor(made_up_tokens(151)),
+        getattr(T, f"{mode}_chunks"),
+    )
     scorer = scorer_of(random_model(s), s, tokens)
     whole = [score for score, _ in chunks(scorer, T.Learner(scorer.model, s), s)]
     learner = T.Learner(scorer.model, s)
@@ -181,12 +200,17 @@ def test_weights_learn_only_from_scores_that_are_recorded():
 
     T.score_first_ttt(scorer_of(model, s, made_up_tokens(101), Spy), Watched(model, s), s)
     kinds = ["update" if isinstance(event, str) else "score" for event in events]
-    assert kinds == ["score"] + ["score", "update"] * 4 + ["score"]  # a window, chunks, and the last one, which nothing follows
+    assert kinds == ["score"] + ["score", "update"] * 4 + [
+        "score"
+    ]  # a window, chunks, and the last one, which nothing follows
 
 
 def test_a_chunk_is_learnt_from_with_the_past_before_it():
     """One chunk's step is that of plain backpropagation through the whole text, keys and values of the past held fixed."""
-    s, tokens = settings(**STREAMING | dict(TTT_MUON=0, TTT_GRAD_CLIP=0, TTT_LR=0.1)), torch.as_tensor(made_up_tokens(57))
+    s, tokens = (
+        settings(**STREAMING | dict(TTT_MUON=0, TTT_GRAD_CLIP=0, TTT_LR=0.1)),
+        torch.as_tensor(made_up_tokens(57)),
+    )
     model = random_model(s)
     start, text = snapshot(model.parameters()), tokens.long()
     past = model.no_past(1)
@@ -211,7 +235,9 @@ def test_decay_pulls_back_to_the_first_weights():
     for decay in (0, 0.05, 1):
         *_, model = stream_ttt(made_up_tokens(201), TTT_DECAY=decay)
         start = random_model(settings(**STREAMING))
-        ends.append(sum((w - v).square().sum() for w, v in zip(model.parameters(), start.parameters())).sqrt().item())
+        ends.append(
+            sum((w - v).square().sum() for w, v in zip(model.parameters(), start.parameters())).sqrt().item()
+        )
     assert ends[0] > 1.1 * ends[1] > 1.1 * ends[2] > 0
 
 
@@ -242,6 +268,7 @@ def test_a_stream_compiles_once_for_its_start_and_once_for_the_rest():
 
 # A budget of time
 
+
 class Clock:
     """Time that passes as scoring and learning are called, in place of the machine's."""
 
@@ -260,6 +287,7 @@ class Clock:
                     learn(epochs)
 
                 yield score, learn and slow
+
         return run
 
     def __call__(self):
@@ -269,13 +297,17 @@ class Clock:
 @pytest.fixture
 def slow_ttt(monkeypatch):
     """run(limit, scoring, learning, ...) -> (seconds it took, the epochs of each chunk, tokens scored)."""
+
     def run(limit, scoring, learning, n=424, **extra):
         s = settings(**STREAMING | dict(EVAL_MAX_SECONDS=limit, TTT_LR=0, TRAIN_SEQ_LEN=16) | extra)
         model = T.GPT(s).initialize()
         with monkeypatch.context() as patch:
             clock = Clock(patch, scoring, learning)
-            score, records = T.score_first_ttt(scorer_of(model, s, made_up_tokens(n + 1)), T.Learner(model, s), s, clock)
+            score, records = T.score_first_ttt(
+                scorer_of(model, s, made_up_tokens(n + 1)), T.Learner(model, s), s, clock
+            )
         return clock.now, [epochs for _, epochs in records], score.tokens
+
     return run
 
 
@@ -283,7 +315,7 @@ def slow_ttt(monkeypatch):
 def test_time_that_suffices_changes_nothing(slow_ttt, mode):
     seconds, epochs, tokens = slow_ttt(1000, lambda c: 1, lambda c: 2, EVAL_MODE=mode, TTT_EPOCHS=2)
     assert tokens == 424
-    assert set(epochs[mode == "streaming":-1]) == {2}
+    assert set(epochs[mode == "streaming" : -1]) == {2}
 
 
 @pytest.mark.parametrize("mode", ["streaming", "sliding"])
@@ -313,13 +345,21 @@ def test_scoring_is_never_skipped_even_if_time_is_short_for_it_alone(slow_ttt):
 
 
 def test_the_clock_is_read_at_some_200_chunks_only():
-    reads, s = [], settings(**STREAMING | dict(EVAL_SEQ_LEN=8, TTT_CHUNK_TOKENS=8, NUM_LAYERS=1, VE_LAYERS="0", TTT_MUON=0))
+    reads, s = (
+        [],
+        settings(
+            **STREAMING | dict(EVAL_SEQ_LEN=8, TTT_CHUNK_TOKENS=8, NUM_LAYERS=1, VE_LAYERS="0", TTT_MUON=0)
+        ),
+    )
     model = T.GPT(s).initialize()
-    T.score_first_ttt(scorer_of(model, s, made_up_tokens(401 * 8)), T.Learner(model, s), s, lambda: reads.append(0) or 0.0)
+    T.score_first_ttt(
+        scorer_of(model, s, made_up_tokens(401 * 8)), T.Learner(model, s), s, lambda: reads.append(0) or 0.0
+    )
     assert len(reads) == 1 + 3 * 201
 
 
 # Settings
+
 
 def test_a_recipe_is_a_set_of_defaults_that_single_settings_override():
     best = T.parse_settings({"RECIPE": "best"})
@@ -338,9 +378,14 @@ def test_a_recipe_wins_over_what_an_artifact_was_made_with():
     assert (record.eval_mode, record.ttt_lr, record.eval_seq_len) == ("sliding", 0.002, 128)
 
 
-@pytest.mark.parametrize("bad, said", [
-    (dict(RECIPE="beste"), "RECIPE in"), (dict(EVAL_MODE="stream"), "EVAL_MODE =="),
-    (dict(EVAL_MODE="streaming", TTT_CHUNK_TOKENS="100"), "TTT_CHUNK_TOKENS % 8 == 0")])
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (dict(RECIPE="beste"), "RECIPE in"),
+        (dict(EVAL_MODE="stream"), "EVAL_MODE =="),
+        (dict(EVAL_MODE="streaming", TTT_CHUNK_TOKENS="100"), "TTT_CHUNK_TOKENS % 8 == 0"),
+    ],
+)
 def test_impossible_choices_are_named(bad, said):
     with pytest.raises(T.RunError, match=said.replace("(", r"\(")):
         T.parse_settings(bad)

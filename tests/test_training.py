@@ -1,4 +1,5 @@
 """Training: warm-up, clock, schedules, averages, late QAT, optimizers, switches and initial weights."""
+
 import math
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ def same(weights, others):
 
 # Warm-up and clock
 
+
 def test_warm_up_leaves_no_trace(folder):
     runs = [trainer_of(folder, WARMUP_STEPS=n, ITERATIONS=6, LATE_QAT_THRESHOLD=0.9) for n in (0, 3)]
     for trainer in runs:
@@ -47,22 +49,45 @@ class Clock:
     def __init__(self, monkeypatch, trainer, step, holdout, calibration):
         self.now = 0.0
         monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        for owner, name, seconds in ((trainer, "step", step), (trainer.holdout, "score_all", holdout),
-                                     (trainer, "calibrate", calibration)):
+        for owner, name, seconds in (
+            (trainer, "step", step),
+            (trainer.holdout, "score_all", holdout),
+            (trainer, "calibrate", calibration),
+        ):
             monkeypatch.setattr(owner, name, self.slow(getattr(owner, name), seconds))
 
     def slow(self, function, seconds):
         def run(*args, **kwargs):
             self.now += seconds
             return function(*args, **kwargs)
+
         return run
 
 
-@pytest.mark.parametrize("cap, step, holdout, calibration, steps", [
-    (10, 0.5, 0, 0, 20), (10, 0.5, 0.25, 0, 18), (10, 0.5, 0.25, 0.5, 16), (10, 0.75, 0.125, 0.25, 12), (0.5, 1, 0, 0, 1)])  # s
-def test_training_average_and_calibration_fit_under_the_cap(folder, monkeypatch, cap, step, holdout, calibration, steps):
-    trainer = trainer_of(folder, MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100, WARMUP_STEPS=2, SWA_EVERY=1, VAL_LOSS_EVERY=3,
-                         LATE_QAT=0, NUM_LAYERS=1, VE_LAYERS="0")
+@pytest.mark.parametrize(
+    "cap, step, holdout, calibration, steps",
+    [
+        (10, 0.5, 0, 0, 20),
+        (10, 0.5, 0.25, 0, 18),
+        (10, 0.5, 0.25, 0.5, 16),
+        (10, 0.75, 0.125, 0.25, 12),
+        (0.5, 1, 0, 0, 1),
+    ],
+)  # s
+def test_training_average_and_calibration_fit_under_the_cap(
+    folder, monkeypatch, cap, step, holdout, calibration, steps
+):
+    trainer = trainer_of(
+        folder,
+        MAX_WALLCLOCK_SECONDS=cap,
+        ITERATIONS=100,
+        WARMUP_STEPS=2,
+        SWA_EVERY=1,
+        VAL_LOSS_EVERY=3,
+        LATE_QAT=0,
+        NUM_LAYERS=1,
+        VE_LAYERS="0",
+    )
     clock, starts = Clock(monkeypatch, trainer, step, holdout, calibration), []
 
     def slow_validation():
@@ -73,10 +98,14 @@ def test_training_average_and_calibration_fit_under_the_cap(folder, monkeypatch,
     trainer.run(slow_validation, LIMIT)
     assert len(trainer.measured) == 2 + steps
     assert len(starts) == len({*range(0, steps, 3), steps})  # validated so often, and it did not count:
-    training = clock.now - 2 * (step + holdout + calibration) - 1000 * len(starts)  # all but warm-up and validation
+    training = (
+        clock.now - 2 * (step + holdout + calibration) - 1000 * len(starts)
+    )  # all but warm-up and validation
     assert training == steps * step + 3 * holdout + calibration  # three averages were measured
     if steps > 1:
-        assert training <= cap < training + step + holdout + calibration  # (a part of what is kept free is a reserve)
+        assert (
+            training <= cap < training + step + holdout + calibration
+        )  # (a part of what is kept free is a reserve)
 
 
 def test_a_loss_that_is_not_finite_ends_training(folder):
@@ -94,25 +123,33 @@ def test_iterations_end_a_run_without_a_cap(folder):
 
 # Schedules
 
+
 def test_learning_rate_multiplier_by_time():
     s = settings(WARMDOWN_ITERS=10)
-    at = [T.lr_multiplier(step, s, 100 * step, 5000) for step in (0, 1, 39, 40, 41, 45, 50, 51)]  # 100 ms a step
+    at = [
+        T.lr_multiplier(step, s, 100 * step, 5000) for step in (0, 1, 39, 40, 41, 45, 50, 51)
+    ]  # 100 ms a step
     assert at == pytest.approx([1, 1, 1, 1, 0.9, 0.5, 0, 0])
     assert T.lr_multiplier(20, s, 4000, 5000) == pytest.approx(0.5)  # slower steps: 200 ms
 
 
 def test_learning_rate_multiplier_by_iterations():
     s = settings(WARMDOWN_ITERS=10, ITERATIONS=50)
-    assert [T.lr_multiplier(step, s, 0, math.inf) for step in (0, 39, 40, 41, 45, 49)] == pytest.approx([1, 1, 1, 0.9, 0.5, 0.1])
+    assert [T.lr_multiplier(step, s, 0, math.inf) for step in (0, 39, 40, 41, 45, 49)] == pytest.approx(
+        [1, 1, 1, 0.9, 0.5, 0.1]
+    )
     assert T.lr_multiplier(3, settings(WARMDOWN_ITERS=0), 0, math.inf) == 1
 
 
 def test_muon_momentum_rises_linearly():
     s = settings(MUON_MOMENTUM_WARMUP_START=0.9, MUON_MOMENTUM=0.98, MUON_MOMENTUM_WARMUP_STEPS=100)
-    assert [T.muon_momentum(step, s) for step in (0, 25, 50, 100, 999)] == pytest.approx([0.9, 0.92, 0.94, 0.98, 0.98])
+    assert [T.muon_momentum(step, s) for step in (0, 25, 50, 100, 999)] == pytest.approx(
+        [0.9, 0.92, 0.94, 0.98, 0.98]
+    )
 
 
 # Averages
+
 
 def test_ema_and_swa_are_those_of_a_plain_loop():
     s = settings(EMA_DECAY=0.7, SWA_EVERY=3)
@@ -134,9 +171,17 @@ def test_ema_and_swa_are_those_of_a_plain_loop():
         assert all(w.double().numpy() == pytest.approx(value, abs=1e-6) for w in averages.averages[name])
 
 
-@pytest.mark.parametrize("extra, names", [
-    (dict(), ["raw", "ema", "swa"]), (dict(EMA_ENABLED=0), ["raw", "swa"]), (dict(SWA_ENABLED=0), ["raw", "ema"]),
-    (dict(WARMDOWN_ITERS=1), ["raw", "ema"]), (dict(EMA_ENABLED=0, SWA_ENABLED=0), ["raw"])], ids=str)
+@pytest.mark.parametrize(
+    "extra, names",
+    [
+        (dict(), ["raw", "ema", "swa"]),
+        (dict(EMA_ENABLED=0), ["raw", "swa"]),
+        (dict(SWA_ENABLED=0), ["raw", "ema"]),
+        (dict(WARMDOWN_ITERS=1), ["raw", "ema"]),
+        (dict(EMA_ENABLED=0, SWA_ENABLED=0), ["raw"]),
+    ],
+    ids=str,
+)
 def test_only_what_is_enabled_and_has_begun_is_a_candidate(folder, extra, names):
     trainer = trainer_of(folder, **dict(ITERATIONS=2, WARMDOWN_ITERS=20, SWA_EVERY=1, LATE_QAT=0) | extra)
     given, last = {}, []
@@ -147,8 +192,10 @@ def test_only_what_is_enabled_and_has_begun_is_a_candidate(folder, extra, names)
 
 def test_the_average_with_the_least_holdout_loss_is_exported(folder):
     trainer, losses = trainer_of(folder), {}
-    candidates = {name: snapshot(random_model(trainer.s, seed).parameters())
-                  for seed, name in enumerate(("raw", "ema", "swa"))}
+    candidates = {
+        name: snapshot(random_model(trainer.s, seed).parameters())
+        for seed, name in enumerate(("raw", "ema", "swa"))
+    }
     for name, weights in candidates.items():
         T.copy_weights(trainer.weights, weights)
         losses[name] = trainer.holdout_loss()
@@ -167,6 +214,7 @@ def test_holdout_is_not_trained_on(folder):
 
 
 # Late QAT
+
 
 @pytest.mark.parametrize("threshold, rounded_steps", [(0, 0), (0.3, 2), (1, 7)])
 def test_qat_rounds_from_its_threshold_on_to_fixed_steps(folder, threshold, rounded_steps):
@@ -197,11 +245,15 @@ def test_every_step_under_qat_uses_rounded_matrices_and_moves_the_unrounded_weig
     trainer.fix_steps(trainer.calibrate()[1], LIMIT)
     trainer.steps = {name: 8 * step for name, step in trainer.steps.items()}
     used = []
-    trainer.model.register_forward_pre_hook(lambda model, args: used.append([m.detach().clone() for m in args[2]]))
+    trainer.model.register_forward_pre_hook(
+        lambda model, args: used.append([m.detach().clone() for m in args[2]])
+    )
     before = trainer.model.up_bank.detach().clone()
     trainer.step(next(trainer.batches()), 1.0, 0.9)
     up = used[0][2]
-    assert torch.equal(up, (before / trainer.steps["up_bank"]).round() * trainer.steps["up_bank"]) and not torch.equal(up, before)
+    assert torch.equal(
+        up, (before / trainer.steps["up_bank"]).round() * trainer.steps["up_bank"]
+    ) and not torch.equal(up, before)
     moved = trainer.model.up_bank - before
     assert 0 < moved.abs().max() < 0.01  # from where they were, not from where they were rounded to
 
@@ -214,10 +266,13 @@ def test_micro_batches_change_nothing(folder):
         trainer.run(validate, LIMIT)
         runs.append(trainer)
     for other in runs[1:]:
-        torch.testing.assert_close(torch.stack(other.measured), torch.stack(runs[0].measured), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.stack(other.measured), torch.stack(runs[0].measured), rtol=1e-4, atol=1e-5
+        )
 
 
 # Optimizers
+
 
 def backward(model, *args):
     model.zero_grad()
@@ -247,8 +302,12 @@ def test_every_parameter_has_one_optimizer_and_its_own_learning_rate(extra):
     optimizers, names = T.Optimizers(model, s), {id(p): name for name, p in model.named_parameters()}
     backward(model, *random_batch())
     optimizers.step(0.5, 0.95)
-    rates = [(names[id(p)], 2 * group["lr"]) for group in optimizers.adamw.param_groups for p in group["params"]]
-    assert sorted([name for name, _ in rates] + list(model.BANKS)) == sorted(names.values())  # each exactly once
+    rates = [
+        (names[id(p)], 2 * group["lr"]) for group in optimizers.adamw.param_groups for p in group["params"]
+    ]
+    assert sorted([name for name, _ in rates] + list(model.BANKS)) == sorted(
+        names.values()
+    )  # each exactly once
     table = 0.01 if s.tie_embeddings else 0.02
     special = dict(head=0.03, tok_emb=table, bigram_table=table, ve_table=table)
     for name, rate in rates:
@@ -276,7 +335,9 @@ def test_all_gradients_are_clipped_to_one_global_norm(clip):
     total = torch.stack([grad.norm() for grad in grads]).norm()
     assert optimizers.step(1.0, 0.95).item() == pytest.approx(total.item(), rel=1e-5)
     factor = min(1, clip / total) if clip else 1
-    momentum = dict(zip(optimizers.banks, optimizers.momentum))  # after one step: the gradient, for AdamW a tenth of it
+    momentum = dict(
+        zip(optimizers.banks, optimizers.momentum)
+    )  # after one step: the gradient, for AdamW a tenth of it
     for p, grad in zip(model.parameters(), grads):
         kept = momentum[p].float() if p in momentum else 10 * optimizers.adamw.state[p]["exp_avg"]
         torch.testing.assert_close(kept, factor * grad, rtol=1e-2, atol=1e-8)
@@ -287,15 +348,32 @@ def test_weight_decay():
     p = torch.randn(2, 8, 4)
     before = p.clone()
     T.apply_muon_update(p, torch.ones(2, 8, 4, dtype=torch.bfloat16), lr=0.1, weight_decay=0.5)
-    torch.testing.assert_close(p, before * 0.95 - 0.1 * 2 ** 0.5)  # tall: times sqrt(rows / columns)
+    torch.testing.assert_close(p, before * 0.95 - 0.1 * 2**0.5)  # tall: times sqrt(rows / columns)
 
 
 # Switches and initial weights
 
-@pytest.mark.parametrize("extra", [
-    dict(), dict(TIE_EMBEDDINGS=0), dict(BIGRAM_VOCAB_SIZE=0), dict(BIGRAM_DIM=32), dict(VE_ENABLED=0), dict(VE_LAYERS=""),
-    dict(VE_DIM=16), dict(NUM_LAYERS=1, VE_LAYERS=0), dict(NUM_LAYERS=2, VE_LAYERS="0,1"), dict(XSA_LAST_N=0),
-    dict(XSA_LAST_N=9), dict(LN_SCALE=0), dict(NUM_KV_HEADS=4), dict(NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=32)], ids=str)
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(),
+        dict(TIE_EMBEDDINGS=0),
+        dict(BIGRAM_VOCAB_SIZE=0),
+        dict(BIGRAM_DIM=32),
+        dict(VE_ENABLED=0),
+        dict(VE_LAYERS=""),
+        dict(VE_DIM=16),
+        dict(NUM_LAYERS=1, VE_LAYERS=0),
+        dict(NUM_LAYERS=2, VE_LAYERS="0,1"),
+        dict(XSA_LAST_N=0),
+        dict(XSA_LAST_N=9),
+        dict(LN_SCALE=0),
+        dict(NUM_KV_HEADS=4),
+        dict(NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=32),
+    ],
+    ids=str,
+)
 def test_every_switch_gives_a_model_that_learns(extra):
     s = settings(**extra)
     torch.manual_seed(0)
@@ -317,11 +395,22 @@ def gram(matrices):
 
 
 def test_initial_weights():
-    s = settings(MODEL_DIM=64, NUM_LAYERS=5, VOCAB_SIZE=512, BIGRAM_DIM=96, VE_DIM=128, VE_LAYERS="2,4", NUM_KV_HEADS=4,
-                 QK_GAIN_INIT=1.7, TIED_EMBED_INIT_STD=0.02)
+    s = settings(
+        MODEL_DIM=64,
+        NUM_LAYERS=5,
+        VOCAB_SIZE=512,
+        BIGRAM_DIM=96,
+        VE_DIM=128,
+        VE_LAYERS="2,4",
+        NUM_KV_HEADS=4,
+        QK_GAIN_INIT=1.7,
+        TIED_EMBED_INIT_STD=0.02,
+    )
     torch.manual_seed(0)
     model = T.GPT(s).initialize()
-    expected = dict(bigram_table=0, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1, smear_gate=0, skip_weights=1)
+    expected = dict(
+        bigram_table=0, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1, smear_gate=0, skip_weights=1
+    )
     for name, value in expected.items():
         assert (getattr(model, name) == value).all(), name
     for block in model.blocks:
@@ -329,7 +418,13 @@ def test_initial_weights():
         assert (block.resid_mix[0] == 1).all() and (block.resid_mix[1] == 0).all()
     for table, std in ((model.tok_emb, 0.02), (model.ve_table, 0.01)):
         assert table.mean().abs() < 0.02 * std and table.std().item() == pytest.approx(std, rel=0.02)
-    orthogonal = [model.qo_bank[:5], model.kv_bank, model.up_bank, model.bigram_proj[None], model.ve_proj[None]]
+    orthogonal = [
+        model.qo_bank[:5],
+        model.kv_bank,
+        model.up_bank,
+        model.bigram_proj[None],
+        model.ve_proj[None],
+    ]
     for matrices in orthogonal:
         products = gram(matrices.detach())
         torch.testing.assert_close(products, torch.eye(64).expand_as(products), rtol=0, atol=1e-5)

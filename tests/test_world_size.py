@@ -1,4 +1,5 @@
 """1, 2, 4 and 8 processes compute the same thing."""
+
 import socket
 import time
 
@@ -17,8 +18,9 @@ def spawn(world, folder):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     method = "spawn" if world == 2 else "forkserver"  # two with hashes, and so sets, of their own
-    context = torch.multiprocessing.start_processes(helpers.worker, (world, str(folder), port), nprocs=world, join=False,
-                                                    start_method=method)
+    context = torch.multiprocessing.start_processes(
+        helpers.worker, (world, str(folder), port), nprocs=world, join=False, start_method=method
+    )
     deadline = time.monotonic() + 300
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
@@ -85,7 +87,9 @@ def test_ttt_is_the_same(found, world, run):
     """Chunks that no world size divides evenly among sequences; in a stream, a last one of a few positions."""
     one = found[1][0][run]
     epochs = [epochs for _, epochs in one["records"]]
-    assert epochs == ([2, 1, 3, 1, 3, 0] if run in helpers.TTT_RUNS else [0, 1, 1, 1, 1, 0])  # as hard as they scored
+    assert epochs == (
+        [2, 1, 3, 1, 3, 0] if run in helpers.TTT_RUNS else [0, 1, 1, 1, 1, 0]
+    )  # as hard as they scored
     for r in found[world]:
         assert [epochs for _, epochs in r[run]["records"]] == epochs
         for (score, _), (one_score, _) in zip(r[run]["records"], one["records"]):
@@ -103,7 +107,7 @@ def test_no_score_knows_a_later_token(found, world):
         one, other = rank["changed"]
         assert torch.equal(one.isnan(), other.isnan())
         differs |= ~one.isnan() & (one != other)
-    assert not differs[:helpers.CHANGED - 1].any() and differs[helpers.CHANGED - 1:].any()
+    assert not differs[: helpers.CHANGED - 1].any() and differs[helpers.CHANGED - 1 :].any()
 
 
 @pytest.mark.parametrize("world", WORLDS)

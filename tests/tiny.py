@@ -1,4 +1,5 @@
 """A tiny data set, settings for a run that takes about a second, and three ways to run train_gpt.py with them."""
+
 import io
 import os
 import socket
@@ -20,16 +21,43 @@ from tools.extras import extras
 SCRIPT = Path(train_gpt.__file__).resolve()
 VOCAB_SIZE = 512
 SETTINGS = dict(
-    DATA_PATH="data", TOKENIZER_PATH="tokenizer.model", VOCAB_SIZE=VOCAB_SIZE, RUN_ID="tiny",
-    NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, ROPE_DIMS=8, VE_LAYERS=1, VE_DIM=8, XSA_LAST_N=1,
-    BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512, ITERATIONS=3, WARMUP_STEPS=1,
-    WARMDOWN_ITERS=2, MAX_WALLCLOCK_SECONDS=0, VAL_LOSS_EVERY=0, HOLDOUT_TOKENS=256, SWA_EVERY=1, EVAL_SEQ_LEN=32,
-    EVAL_STRIDE=16, VAL_BATCH_SIZE=16384, TTT_CHUNK_TOKENS=512, TTT_BATCH_SEQS=8)
+    DATA_PATH="data",
+    TOKENIZER_PATH="tokenizer.model",
+    VOCAB_SIZE=VOCAB_SIZE,
+    RUN_ID="tiny",
+    NUM_LAYERS=2,
+    MODEL_DIM=32,
+    NUM_HEADS=2,
+    NUM_KV_HEADS=1,
+    MLP_MULT=2,
+    ROPE_DIMS=8,
+    VE_LAYERS=1,
+    VE_DIM=8,
+    XSA_LAST_N=1,
+    BIGRAM_VOCAB_SIZE=64,
+    BIGRAM_DIM=8,
+    TRAIN_SEQ_LEN=32,
+    TRAIN_BATCH_TOKENS=512,
+    ITERATIONS=3,
+    WARMUP_STEPS=1,
+    WARMDOWN_ITERS=2,
+    MAX_WALLCLOCK_SECONDS=0,
+    VAL_LOSS_EVERY=0,
+    HOLDOUT_TOKENS=256,
+    SWA_EVERY=1,
+    EVAL_SEQ_LEN=32,
+    EVAL_STRIDE=16,
+    VAL_BATCH_SIZE=16384,
+    TTT_CHUNK_TOKENS=512,
+    TTT_BATCH_SEQS=8,
+)
 
 
 def text():
     """A text at hand: 60 kB of English, Python and a few other characters."""
-    return SCRIPT.read_text("utf-8") + "Zwölf Boxkämpfer\n\tjagen Viktor  quer über den großen Sylter Deich.\n"
+    return (
+        SCRIPT.read_text("utf-8") + "Zwölf Boxkämpfer\n\tjagen Viktor  quer über den großen Sylter Deich.\n"
+    )
 
 
 @cache
@@ -37,9 +65,23 @@ def tokenizer_of(**options):
     """A SentencePiece model made of text(): FineWeb's ids 0 to 3 and byte pieces, unless options say otherwise."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text().splitlines()), model_writer=model, minloglevel=2,
-        **dict(vocab_size=VOCAB_SIZE, model_type="bpe", byte_fallback=True, character_coverage=1.0, pad_id=0, bos_id=1,
-               eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False) | options)
+        sentence_iterator=iter(text().splitlines()),
+        model_writer=model,
+        minloglevel=2,
+        **dict(
+            vocab_size=VOCAB_SIZE,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=1.0,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
+        | options,
+    )
     return model.getvalue()
 
 
@@ -60,8 +102,12 @@ def make_data(folder):
     """Write what SETTINGS expects: tokenizer.model, two train shards of 6,000 tokens and a validation shard of 1,500."""
     train_tokenizer(folder / "tokenizer.model")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    tokens = np.resize(np.concatenate([[1] + tokenizer.encode(paragraph) for paragraph in text().split("\n\n")]), 13500)
-    for name, (low, high) in dict(val_000000=(0, 1500), train_000000=(1500, 7500), train_000001=(7500, 13500)).items():
+    tokens = np.resize(
+        np.concatenate([[1] + tokenizer.encode(paragraph) for paragraph in text().split("\n\n")]), 13500
+    )
+    for name, (low, high) in dict(
+        val_000000=(0, 1500), train_000000=(1500, 7500), train_000001=(7500, 13500)
+    ).items():
         write_shard(folder / "data" / f"fineweb_{name}.bin", tokens[low:high])
 
 
@@ -82,9 +128,15 @@ def run(folder, *arguments, **settings):
     """train_gpt.main() in this process, on one core."""
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     torch.set_num_threads(1)
-    with (patch.dict(os.environ, environment(settings), clear=True), patch.object(train_gpt, "outputs", [None]),
-          patch.object(train_gpt, "lost", []), patch.object(sys, "argv", ["train_gpt.py", *arguments]), chdir(folder),
-          redirect_stdout(out), redirect_stderr(err)):
+    with (
+        patch.dict(os.environ, environment(settings), clear=True),
+        patch.object(train_gpt, "outputs", [None]),
+        patch.object(train_gpt, "lost", []),
+        patch.object(sys, "argv", ["train_gpt.py", *arguments]),
+        chdir(folder),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             return Result(train_gpt.main(), out.getvalue(), err.getvalue())
         finally:
@@ -96,8 +148,14 @@ def run(folder, *arguments, **settings):
 
 
 def start(command, folder, **settings):
-    return subprocess.Popen(command, cwd=folder, env=environment(settings | {"OMP_NUM_THREADS": 1}), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(settings | {"OMP_NUM_THREADS": 1}),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(processes, timeout):
@@ -112,7 +170,7 @@ def finish(processes, timeout):
 
 def run_process(folder, *arguments, timeout=120, **settings):
     """`python train_gpt.py arguments`."""
-    result, = finish([start([sys.executable, SCRIPT, *arguments], folder, **settings)], timeout)
+    (result,) = finish([start([sys.executable, SCRIPT, *arguments], folder, **settings)], timeout)
     return result
 
 
@@ -124,12 +182,24 @@ def free_port():
 def run_ranks(folder, world_size, timeout=120, **settings):
     """One result a rank, of processes that nobody but themselves can end."""
     group = dict(WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    return finish([Process([SCRIPT], folder, environment(group | settings | dict(RANK=rank, LOCAL_RANK=rank)))
-                   for rank in range(world_size)], timeout)
+    return finish(
+        [
+            Process([SCRIPT], folder, environment(group | settings | dict(RANK=rank, LOCAL_RANK=rank)))
+            for rank in range(world_size)
+        ],
+        timeout,
+    )
 
 
 def run_torchrun(folder, world_size, timeout=120, **settings):
     """The result of torchrun, which mixes the output of the ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", SCRIPT]
-    result, = finish([start(command, folder, **settings)], timeout)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world_size}",
+        SCRIPT,
+    ]
+    (result,) = finish([start(command, folder, **settings)], timeout)
     return result

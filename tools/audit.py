@@ -29,6 +29,7 @@ Random choices come from a seed that is known only when scoring begins. Each che
 while all takes less than 3% of the time of scoring, as far as a check costs more than noting what happens. Results are bitwise
 those without an audit, except that TTT that has to save time has 3% less of it.
 """
+
 import copy
 import gc
 import hashlib
@@ -104,6 +105,7 @@ def still_open() -> list[str]:
 
 # What is known of a stage
 
+
 class Eager:
     """A model as it is without compilation, which computes logits once for as long as it reads the same tokens."""
 
@@ -134,7 +136,11 @@ class Stage:
         self.bytes = torch.zeros((), dtype=torch.float64, device=device)
         self.number = 0  # of scores and updates so far
         self.chunks, self.updates = [], []  # dicts; [number, chunk, first target, last target + 1]
-        self.first, self.records, self.span = 0, [], (0, 0)  # of TTT: first chunk, its results, targets of the present chunk
+        self.first, self.records, self.span = (
+            0,
+            [],
+            (0, 0),
+        )  # of TTT: first chunk, its results, targets of the present chunk
         self.made, self.failed = Counter(), {}  # checks by name; a line for each that failed
         self.last = self.kept = None  # the last read; scores of a chunk that is replayed
         self.wanted = False  # check the next read of this chunk
@@ -154,19 +160,30 @@ class Stage:
 class Read:
     """A call of Scorer.read() and the scores that came of it."""
 
-    def __init__(self, read: Callable, scorer: Any, at: Tensor, matrices: Any, past: list | None, ranks: int) -> None:
-        self.read, self.scorer, self.at, self.matrices, self.past, self.ranks = read, scorer, at, matrices, past, ranks
+    def __init__(
+        self, read: Callable, scorer: Any, at: Tensor, matrices: Any, past: list | None, ranks: int
+    ) -> None:
+        self.read, self.scorer, self.at, self.matrices, self.past, self.ranks = (
+            read,
+            scorer,
+            at,
+            matrices,
+            past,
+            ranks,
+        )
         self.grad = torch.is_grad_enabled()
         self.nll = self.scored = None
 
-    def again(self, tokens: Tensor, model: Any = None, row: int | None = None, last: int | None = None) -> Tensor:
+    def again(
+        self, tokens: Tensor, model: Any = None, row: int | None = None, last: int | None = None
+    ) -> Tensor:
         """The scores with other tokens, perhaps by another model, of one row only. Positions behind `last` read that one again,
         so that the read is as long as it was: the rotary base depends on the length."""
         scorer = copy.copy(self.scorer)
         scorer.tokens, scorer.model = tokens, model or scorer.model
         at, past = self.at, self.past and list(self.past)
         if row is not None:
-            at, past = at[row:row + 1].clamp(max=last), past and [kv[:, row:row + 1] for kv in past]
+            at, past = at[row : row + 1].clamp(max=last), past and [kv[:, row : row + 1] for kv in past]
         return self.read(scorer, at, self.matrices, past, self.ranks).detach()
 
 
@@ -210,11 +227,17 @@ class Audit:
         with self.spending():
             self.seed = program.from_rank0(secrets.randbits(32))
             self.shared, self.own = random.Random(self.seed), random.Random(f"{self.seed} {program.rank()}")
-            files = dict(artifact=artifact, code=program.__file__) if program.rank() == 0 else {}  # other nodes lack them
+            files = (
+                dict(artifact=artifact, code=program.__file__) if program.rank() == 0 else {}
+            )  # other nodes lack them
             data = {name: Path(path).read_bytes() for name, path in files.items()}
-            self.files = program.from_rank0({name: (hashlib.sha256(d).hexdigest(), len(d)) for name, d in data.items()})
+            self.files = program.from_rank0(
+                {name: (hashlib.sha256(d).hexdigest(), len(d)) for name, d in data.items()}
+            )
             self.tokenizer, self.text, t = tokenizer, self.read_text(), tokenizer
-            self.boundary = np.array([t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in range(t.vocab_size())])
+            self.boundary = np.array(
+                [t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in range(t.vocab_size())]
+            )
             self.pieces, self.text_bytes, self.tables = self.split_text(), None, None
             self.current, self.first_print, self.stages, self.failed, self.settings = None, None, {}, [], {}
             self.replayed = self.material = None
@@ -225,10 +248,14 @@ class Audit:
         program, self.patches = self.program, ExitStack()
         self.opened = self.patches.enter_context(openings())
         for owner, name, stand_in in (
-                (program.Scorer, "read", self.reading), (program.Scorer, "measure", self.measuring),
-                (program.Learner, "learn", self.learning), (program.Learner, "update", self.updating),
-                (program, "windowed_chunks", self.chunking), (program, "streamed_chunks", self.chunking),
-                (program, "score_first_ttt", self.timing)):
+            (program.Scorer, "read", self.reading),
+            (program.Scorer, "measure", self.measuring),
+            (program.Learner, "learn", self.learning),
+            (program.Learner, "update", self.updating),
+            (program, "windowed_chunks", self.chunking),
+            (program, "streamed_chunks", self.chunking),
+            (program, "score_first_ttt", self.timing),
+        ):
             self.patches.enter_context(patch.object(owner, name, stand_in(getattr(owner, name))))
 
     # Time
@@ -260,7 +287,9 @@ class Audit:
                 if self.first_print not in (None, stage.print) and not self.resumed:
                     stage.fail("weights", "the stage does not start from the weights of the first one")
                 self.first_print, s = self.first_print or stage.print, scorer.model.s
-                self.settings = {name: self.program.show(getattr(s, name.lower())) for name in self.program.FIELDS}
+                self.settings = {
+                    name: self.program.show(getattr(s, name.lower())) for name in self.program.FIELDS
+                }
         return self.current
 
     def watch(self, stage: Stage) -> None:
@@ -278,6 +307,7 @@ class Audit:
                 if torch.is_grad_enabled():
                     self.material = at.aminmax()
             return nll
+
         return read
 
     def measuring(self, original: Callable) -> Callable:
@@ -295,18 +325,23 @@ class Audit:
                     if stage.wanted if stage.chunks else self.own.random() < 0.25 and self.affordable():
                         stage.wanted = not self.check_read(stage)
             return found
+
         return measure
 
     def learning(self, original: Callable) -> Callable:
         def learn(learner, tokens, *args):
             stage, self.material = self.current, None
-            if stage and tokens.untyped_storage().data_ptr() == stage.scorer.tokens.untyped_storage().data_ptr():
+            if (
+                stage
+                and tokens.untyped_storage().data_ptr() == stage.scorer.tokens.untyped_storage().data_ptr()
+            ):
                 low = tokens.storage_offset() - stage.scorer.tokens.storage_offset()
                 self.material = low, low + len(tokens) - 2
             try:
                 original(learner, tokens, *args)
             finally:
                 self.material = None
+
         return learn
 
     def updating(self, original: Callable) -> Callable:
@@ -317,6 +352,7 @@ class Audit:
             original(learner, loss, lr)
             if self.replayed is None and self.current:
                 self.current.versions = self.current.version()
+
         return update
 
     def chunking(self, original: Callable) -> Callable:
@@ -326,13 +362,20 @@ class Audit:
             if self.resumed:
                 stage.versions = stage.version()  # the weights are a checkpoint's
             forced = self.shared.choice(range(first or 1, n - 1) or [first])
-            others = {self.shared.randrange(i * n // REPLAYS, max(i + 1, (i + 1) * n // REPLAYS)) for i in range(REPLAYS)}
+            others = {
+                self.shared.randrange(i * n // REPLAYS, max(i + 1, (i + 1) * n // REPLAYS))
+                for i in range(REPLAYS)
+            }
             inner = original(scorer, learner, s, first)
             for c in count(first):
                 with self.spending():
                     chosen = c == forced or c in others and self.program.from_rank0(self.affordable())
                     stage.chunks.append(dict(chunk=c, number=stage.number, epochs=0))
-                    stage.span, stage.wanted, stage.kept = spans[min(c, n - 1)], chosen, [] if chosen else None
+                    stage.span, stage.wanted, stage.kept = (
+                        spans[min(c, n - 1)],
+                        chosen,
+                        [] if chosen else None,
+                    )
                     self.watch(stage)
                 replay = chosen and self.replay(stage, learner, lambda other: original(other, learner, s, c))
                 try:
@@ -344,6 +387,7 @@ class Audit:
                 if chosen:
                     self.compare(stage, *replay)
                 yield score, learn and partial(self.learn_chunk, stage.chunks[-1], learn)
+
         return chunks
 
     @staticmethod
@@ -353,11 +397,15 @@ class Audit:
 
     def timing(self, original: Callable) -> Callable:
         """What the audit takes is not what scoring takes: TTT does not slow down for it, and keeps the time free."""
+
         def score_first_ttt(scorer, learner, s, seconds=None):
             stage, less = self.stage_of(scorer), copy.copy(s)
             less.eval_max_seconds *= 1 - BUDGET
-            total, stage.records = original(scorer, learner, less, seconds and (lambda: seconds() - self.spent))
+            total, stage.records = original(
+                scorer, learner, less, seconds and (lambda: seconds() - self.spent)
+            )
             return total, stage.records
+
         return score_first_ttt
 
     # Noting
@@ -391,10 +439,13 @@ class Audit:
 
     def replaced(self, tokens: Tensor, last: int, choice: random.Random) -> Tensor:
         """The tokens, with others for all behind number `last`."""
-        generator, V = torch.Generator(tokens.device).manual_seed(choice.getrandbits(62)), self.tokenizer.vocab_size()
-        rest = tokens[last + 1:]
+        generator, V = (
+            torch.Generator(tokens.device).manual_seed(choice.getrandbits(62)),
+            self.tokenizer.vocab_size(),
+        )
+        rest = tokens[last + 1 :]
         other = torch.randint(1, V, rest.shape, generator=generator, dtype=tokens.dtype, device=tokens.device)
-        return torch.cat((tokens[:last + 1], (rest + other) % V))
+        return torch.cat((tokens[: last + 1], (rest + other) % V))
 
     @contextmanager
     def aside(self) -> Iterator[list]:
@@ -430,7 +481,10 @@ class Audit:
             again = read.again(self.replaced(read.scorer.tokens, last, choice))
         known = (read.at >= 0) & (read.at < last)
         if wrong := differing(again, read.nll, read.at, known):
-            stage.fail("reads", f"a later token was read: those behind number {last} change the score of position {wrong[0]}")
+            stage.fail(
+                "reads",
+                f"a later token was read: those behind number {last} change the score of position {wrong[0]}",
+            )
         stage.made["reads"] += bool(known.any())
 
     @torch.no_grad()
@@ -444,12 +498,24 @@ class Audit:
             if model.reads > 1:
                 return stage.fail("sums", f"a target was read before it was scored: that of position {p}")
         nlls = torch.stack(nlls).double()
-        total, real, recorded = nlls.neg().exp().sum().item(), nlls[read.scorer.tokens[p + 1]].item(), read.nll[b, t].item()
+        total, real, recorded = (
+            nlls.neg().exp().sum().item(),
+            nlls[read.scorer.tokens[p + 1]].item(),
+            read.nll[b, t].item(),
+        )
         if not abs(total - 1) <= SUM_TOLERANCE:
-            stage.fail("sums", f"probabilities do not sum to 1: those of all tokens after position {p} to {total:.6f}")
-        if not abs(real - recorded) <= (1e-3 if read.matrices[0].dtype == torch.float32 else 0.25):  # compiled: other roundings
-            stage.fail("sums", f"a score is not that of its context alone: position {p} has {recorded:.4f} nats, "
-                       f"with nothing behind it {real:.4f}")
+            stage.fail(
+                "sums",
+                f"probabilities do not sum to 1: those of all tokens after position {p} to {total:.6f}",
+            )
+        if not abs(real - recorded) <= (
+            1e-3 if read.matrices[0].dtype == torch.float32 else 0.25
+        ):  # compiled: other roundings
+            stage.fail(
+                "sums",
+                f"a score is not that of its context alone: position {p} has {recorded:.4f} nats, "
+                f"with nothing behind it {real:.4f}",
+            )
         stage.made["sums"] += 1
 
     def replay(self, stage: Stage, learner: Any, chunks: Callable) -> tuple[int, list, int]:
@@ -458,8 +524,15 @@ class Audit:
         with self.aside() as recorded:
             low, high = stage.span
             last = self.shared.randint(min((low + high) // 2 + 1, high - 1), high - 1)
-            weights, versions, fingerprint = self.program.copies(learner.weights), stage.version(), stage.fingerprint()
-            state = {name: list(value) if isinstance(value, list) else value for name, value in vars(learner).items()}
+            weights, versions, fingerprint = (
+                self.program.copies(learner.weights),
+                stage.version(),
+                stage.fingerprint(),
+            )
+            state = {
+                name: list(value) if isinstance(value, list) else value
+                for name, value in vars(learner).items()
+            }
             sgd, other = learner.sgd and copy.deepcopy(learner.sgd.state_dict()), copy.copy(stage.scorer)
             other.tokens = self.replaced(other.tokens, last, self.shared)
             generator = chunks(other)
@@ -486,10 +559,15 @@ class Audit:
                 scored = scored & (at < last)
                 known += scored.sum().item()
                 if wrong := differing(one, other, at, scored):
-                    stage.fail("chunks", f"a chunk was scored with knowledge of its future: in chunk {chunk}, tokens behind "
-                               f"number {last} change the score of position {wrong[0]}")
+                    stage.fail(
+                        "chunks",
+                        f"a chunk was scored with knowledge of its future: in chunk {chunk}, tokens behind "
+                        f"number {last} change the score of position {wrong[0]}",
+                    )
             if len(again) != len(stage.kept):
-                stage.fail("chunks", f"a chunk is read in another way when its future is another: chunk {chunk}")
+                stage.fail(
+                    "chunks", f"a chunk is read in another way when its future is another: chunk {chunk}"
+                )
             stage.made["chunks"] += known > 0
 
     # Checks at the end of a stage
@@ -524,31 +602,45 @@ class Audit:
 
     def of_all_ranks(self, stage: Stage, name: str) -> list[tuple[list, Counter]]:
         """Each process's (failures, checks made); the failures of all become the audit's."""
-        every = gather(([(check, f"{name}: {line}") for (check, _), line in stage.failed.items()], stage.made))
+        every = gather(
+            ([(check, f"{name}: {line}") for (check, _), line in stage.failed.items()], stage.made)
+        )
         self.failed += [failure for failures, _ in every for failure in failures]
         return every
 
     def check_positions(self, stage: Stage, score: Any) -> None:
         """And totals. A resumed run recorded the chunks before when it first scored them."""
         program, N = self.program, len(self.text) - 1
-        before = program.Score(*map(sum, zip(*(score for score, _ in stage.records[:stage.first]))))
+        before = program.Score(*map(sum, zip(*(score for score, _ in stage.records[: stage.first]))))
         begun, own = int(before.tokens), stage.count[:-1] > 0
         count = program.all_reduce(stage.count[:-1].clone())
-        nats = torch.where(own, stage.nll[:-1], 0).sum(dtype=torch.float64) if stage.nll is not None else stage.bytes
+        nats = (
+            torch.where(own, stage.nll[:-1], 0).sum(dtype=torch.float64)
+            if stage.nll is not None
+            else stage.bytes
+        )
         nats, size = program.all_reduce(torch.stack((nats, stage.bytes))).tolist()
         if stage.targets != N or not np.array_equal(stage.scorer.tokens.cpu().numpy(), self.text):
             stage.fail("positions", f"other text than the validation shards', which has {N} targets")
         count[:begun] += 1
         for what, wrong in (("never scored", count == 0), ("scored twice", count > 1)):
             if wrong.any():
-                stage.fail("positions", f"{what}: {wrong.sum().item()} positions, the first is {wrong.int().argmax().item()}")
+                stage.fail(
+                    "positions",
+                    f"{what}: {wrong.sum().item()} positions, the first is {wrong.int().argmax().item()}",
+                )
         nats, tokens, size = nats + before.nats, count.sum().item(), size + before.bytes
         for what, value, recorded in (
-                ("nats", score.nats, nats), ("targets", score.tokens, tokens), ("bytes", score.bytes, size),
-                ("val_loss", score.val_loss, nats / max(tokens, 1)),
-                ("val_bpb", score.val_bpb, nats / math.log(2) / max(size, 1))):
+            ("nats", score.nats, nats),
+            ("targets", score.tokens, tokens),
+            ("bytes", score.bytes, size),
+            ("val_loss", score.val_loss, nats / max(tokens, 1)),
+            ("val_bpb", score.val_bpb, nats / math.log(2) / max(size, 1)),
+        ):
             if not abs(value - recorded) <= NATS_TOLERANCE * abs(recorded):
-                stage.fail("totals", f"{what} of the score are not those recorded: {value:.10g}, not {recorded:.10g}")
+                stage.fail(
+                    "totals", f"{what} of the score are not those recorded: {value:.10g}, not {recorded:.10g}"
+                )
         stage.made += Counter(positions=(N - begun) * (program.rank() == 0), totals=1)
 
     def check_order(self, stage: Stage, found: dict) -> None:
@@ -556,14 +648,19 @@ class Audit:
         N, device, chunks = stage.targets, stage.when.device, len(stage.chunks)
         spans = [torch.as_tensor(end, device=device) for _, _, ends in stage.updates for end in ends]
         spans = torch.stack(spans).view(-1, 2).tolist() if spans else []
-        first = torch.full((N,), 2**31 - 1, dtype=torch.int32, device=device)  # the first update that learns from a target
+        first = torch.full(
+            (N,), 2**31 - 1, dtype=torch.int32, device=device
+        )  # the first update that learns from a target
         learnt = torch.full((2, chunks + 1), -N)  # -low, high of each chunk
         for (number, chunk, _), (low, last) in [*zip(stage.updates, spans)][::-1]:
-            first[max(low, 0):last + 1] = number
+            first[max(low, 0) : last + 1] = number
             learnt[:, chunk] = learnt[:, chunk].maximum(torch.tensor([-low, last + 1]))
         early, behind = stage.when[:N] > first, "adapted on before it was scored"
         if early.any():
-            stage.fail("order", f"{behind}: {early.sum().item()} positions, the first is {early.int().argmax().item()}")
+            stage.fail(
+                "order",
+                f"{behind}: {early.sum().item()} positions, the first is {early.int().argmax().item()}",
+            )
         starts = torch.tensor([chunk["number"] for chunk in stage.chunks], dtype=torch.int32, device=device)
         chunk = torch.searchsorted(starts, stage.when[:N]) - 1
         scored, at = torch.full((2, chunks + 1), -N, device=device), torch.arange(N, device=device)
@@ -578,7 +675,10 @@ class Audit:
             found["chunks"].append([chunk["number"], chunk["chunk"], scored, learnt, chunk["epochs"]])
             if scored:
                 if end not in (None, scored[0]):
-                    stage.fail("order", f"chunks out of order: {chunk['chunk']} begins at position {scored[0]}, not {end}")
+                    stage.fail(
+                        "order",
+                        f"chunks out of order: {chunk['chunk']} begins at position {scored[0]}, not {end}",
+                    )
                 end = scored[1]
             if learnt and learnt[1] > (end or 0):
                 stage.fail("order", f"{behind}: chunk {chunk['chunk']} learns up to position {learnt[1] - 1}")
@@ -594,21 +694,30 @@ class Audit:
         """This process's [low, high) of tokens, in random order, each within a document. Parts of one overlap by a token."""
         edges, pieces = [-1, *np.flatnonzero(self.boundary[self.text]).tolist(), len(self.text)], []
         for low, high in zip(edges, edges[1:]):
-            pieces += [(i, min(i + PIECE, high)) for i in range(low + 1, max(high - 1, low + 2), PIECE - 1) if i < high]
+            pieces += [
+                (i, min(i + PIECE, high))
+                for i in range(low + 1, max(high - 1, low + 2), PIECE - 1)
+                if i < high
+            ]
         self.shared.shuffle(pieces)
-        return pieces[self.program.rank()::self.program.world_size()]
+        return pieces[self.program.rank() :: self.program.world_size()]
 
     def check_bytes(self, stage: Stage, score: Any) -> None:
         program, device, tables = self.program, stage.scorer.tokens.device, stage.scorer.tables
         if self.tables is None:
             self.tables = type(tables)(*(t.cpu() for t in tables))
-            size, (low, high) = torch.zeros((), dtype=torch.float64, device=device), program.share(len(self.text) - 1)
+            size, (low, high) = (
+                torch.zeros((), dtype=torch.float64, device=device),
+                program.share(len(self.text) - 1),
+            )
             for i in range(low, high, 2**22):
-                tokens = torch.from_numpy(self.text[i:min(i + 2**22, high) + 1].astype(np.int64)).to(device)
+                tokens = torch.from_numpy(self.text[i : min(i + 2**22, high) + 1].astype(np.int64)).to(device)
                 size += tables.count(tokens[:-1], tokens[1:]).sum()
             self.text_bytes = program.all_reduce(size).item()
         if score.bytes != self.text_bytes:
-            stage.fail("bytes", f"other bytes than the whole text's: {score.bytes:.0f}, not {self.text_bytes:.0f}")
+            stage.fail(
+                "bytes", f"other bytes than the whole text's: {score.bytes:.0f}, not {self.text_bytes:.0f}"
+            )
         stage.made["bytes"] += 1
         end = time.perf_counter() + DECODING * (time.perf_counter() - self.start)
         while self.pieces and (not stage.made["documents"] or self.whole_text or time.perf_counter() < end):
@@ -621,10 +730,16 @@ class Audit:
         if "\ufffd" in whole + context:  # begins or ends within a character
             stage.made["undecodable"] += 1
             return
-        tokens = torch.from_numpy(self.text[start - 1:high].astype(np.int64))
-        counted, size = self.tables.count(tokens[:-1], tokens[1:]).sum().item(), len(whole.encode()) - len(context.encode())
+        tokens = torch.from_numpy(self.text[start - 1 : high].astype(np.int64))
+        counted, size = (
+            self.tables.count(tokens[:-1], tokens[1:]).sum().item(),
+            len(whole.encode()) - len(context.encode()),
+        )
         if counted != size:
-            stage.fail("bytes", f"a document's bytes are not those of its text: {counted}, not {size}, from token {start} on")
+            stage.fail(
+                "bytes",
+                f"a document's bytes are not those of its text: {counted}, not {size}, from token {start} on",
+            )
         stage.made["documents"] += 1
 
     # The end
@@ -634,7 +749,9 @@ class Audit:
         path, allowed = Path(path), os.path.realpath(self.s.tokenizer_path)
         return path.name.startswith("fineweb_train_") or (
             os.path.realpath(path.parent) == os.path.realpath(self.s.data_path)
-            and not path.name.startswith("fineweb_val_") and os.path.realpath(path) != allowed)
+            and not path.name.startswith("fineweb_val_")
+            and os.path.realpath(path) != allowed
+        )
 
     def end(self, write: bool = True) -> dict[str, Any]:
         """What was found, the same on every process; rank 0 writes logs/RUN_ID.audit.json. Nothing is watched any more."""
@@ -643,18 +760,36 @@ class Audit:
         self.active = False
         if any(map(self.forbidden, still_open())):
             gc.collect()  # what nobody uses any more
-        names = {path: "was opened" for path in self.opened} | {path: "is still open" for path in still_open()}
-        wrong = [("files", f"a file of no use to scoring {how}: {path}") for path, how in names.items() if self.forbidden(path)]
-        opened = [path for path in self.opened if not path.startswith((sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys"))]
+        names = {path: "was opened" for path in self.opened} | {
+            path: "is still open" for path in still_open()
+        }
+        wrong = [
+            ("files", f"a file of no use to scoring {how}: {path}")
+            for path, how in names.items()
+            if self.forbidden(path)
+        ]
+        opened = [
+            path
+            for path in self.opened
+            if not path.startswith((sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys"))
+        ]
         every = gather((wrong, opened, self.spent / max(elapsed, 1e-9)))
         failed = dict.fromkeys(self.failed + [line for wrong, _, _ in every for line in wrong])
         found = dict(
-            violations=[*dict.fromkeys(line for _, line in failed)], failed=sorted({check for check, _ in failed}),
-            share=max(share for _, _, share in every), seconds=elapsed, seed=self.seed, processes=program.world_size(),
+            violations=[*dict.fromkeys(line for _, line in failed)],
+            failed=sorted({check for check, _ in failed}),
+            share=max(share for _, _, share in every),
+            seconds=elapsed,
+            seed=self.seed,
+            processes=program.world_size(),
             hashes={name: sha256 for name, (sha256, _) in self.files.items()},
             sizes={name: size for name, (_, size) in self.files.items()},
-            versions={name: version(name) for name in ("torch", "numpy", "sentencepiece")}, python=platform.python_version(),
-            stages=self.stages, opened=sorted({path for _, opened, _ in every for path in opened}), settings=self.settings)
+            versions={name: version(name) for name in ("torch", "numpy", "sentencepiece")},
+            python=platform.python_version(),
+            stages=self.stages,
+            opened=sorted({path for _, opened, _ in every for path in opened}),
+            settings=self.settings,
+        )
         if write and program.rank() == 0:
             program.write_atomically(f"logs/{self.s.run_id}.audit.json", (json.dumps(found) + "\n").encode())
         return found
@@ -662,17 +797,24 @@ class Audit:
 
 # Once more, from the artifact
 
-def audit_artifact(program: ModuleType, path: Path, environ: Mapping[str, str], device: torch.device) -> dict[str, Any]:
+
+def audit_artifact(
+    program: ModuleType, path: Path, environ: Mapping[str, str], device: torch.device
+) -> dict[str, Any]:
     """What Audit.end() finds after scoring the artifact at path as EVAL_ONLY=1 does, for as long as it takes. Raises RunError,
     OSError."""
     from quant_report import settings_for
+
     made_with, kept, stored = program.unpack_artifact(path.read_bytes(), path)
     s = settings_for(environ, kept, path)
     tokenizer, fingerprint = program.load_tokenizer(s.tokenizer_path, s.vocab_size)
     if fingerprint != made_with:
         raise program.RunError(f"artifact {path}: made with another tokenizer than {s.tokenizer_path}")
     tokens = program.validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len).to(device)
-    attention, dtype = program.choose_attention(device)[1], torch.bfloat16 if device.type == "cuda" else torch.float32
+    attention, dtype = (
+        program.choose_attention(device)[1],
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+    )
     with device:
         tables = program.byte_tables(tokenizer)
     model = program.GPT(s, attention, dtype)
@@ -691,23 +833,43 @@ def audit_artifact(program: ModuleType, path: Path, environ: Mapping[str, str], 
 
 def differences(found: dict, run: dict) -> list[tuple[str, str]]:
     """(check, violation) where the audit of the artifact alone has found another thing than the run's own. Raises KeyError."""
-    lines = [(f"same {what}", f"another {what} than the run's: SHA-256 {found['hashes'][what]}, not {run['hashes'][what]}")
-             for what in found["hashes"] if found["hashes"][what] != run["hashes"][what]]
+    lines = [
+        (
+            f"same {what}",
+            f"another {what} than the run's: SHA-256 {found['hashes'][what]}, not {run['hashes'][what]}",
+        )
+        for what in found["hashes"]
+        if found["hashes"][what] != run["hashes"][what]
+    ]
     alike = found["processes"] == run["processes"]
-    tolerance, hint = (1e-6, "") if alike else (1e-4, f"; repeat it on {run['processes']} processes")  # relative
+    tolerance, hint = (
+        (1e-6, "") if alike else (1e-4, f"; repeat it on {run['processes']} processes")
+    )  # relative
     if found["stages"].keys() != run["stages"].keys():
-        lines.append(("same scores", f"other stages than the run's: {[*found['stages']]}, not {[*run['stages']]}"))
+        lines.append(
+            ("same scores", f"other stages than the run's: {[*found['stages']]}, not {[*run['stages']]}")
+        )
     for name in found["stages"].keys() & run["stages"].keys():
         own, other = found["stages"][name], run["stages"][name]
         for what in ("val_loss", "val_bpb"):
             if not abs(own[what] - other[what]) <= tolerance * other[what]:
-                lines.append(("same scores", f"{name}: another {what} than the run's: {own[what]:.8f}, not "
-                              f"{other[what]:.8f}{hint}"))
+                lines.append(
+                    (
+                        "same scores",
+                        f"{name}: another {what} than the run's: {own[what]:.8f}, not "
+                        f"{other[what]:.8f}{hint}",
+                    )
+                )
         epochs, others = ([chunk[1::3] for chunk in stage.get("chunks", [])] for stage in (own, other))
         wrong = [chunk for chunk in others if chunk not in epochs]
         if wrong:
-            lines.append(("same epochs", f"{name}: other epochs than the run's: chunk {wrong[0][0]} is the "
-                          "first; a run that saved time to keep EVAL_MAX_SECONDS cannot be repeated"))
+            lines.append(
+                (
+                    "same epochs",
+                    f"{name}: other epochs than the run's: chunk {wrong[0][0]} is the "
+                    "first; a run that saved time to keep EVAL_MAX_SECONDS cannot be repeated",
+                )
+            )
     return lines
 
 
@@ -719,10 +881,18 @@ def table(found: dict, compared: bool) -> str:
         more = sum(stage.get("checks", {}).get("documents", 0) for stage in stages)
         note = f" ({made:,}" + f", {more:,} documents" * (check == "bytes") + ")" if made else ""
         lines.append((check, note))
-    lines += [(f"same {what}", "" if compared else " (no audit of the run to compare with)")
-              for what in ("artifact", "code", "scores", "epochs")]
-    result = {check: "VIOLATED" if check in found["failed"] else "ok" if compared or not check.startswith("same") else "-"
-              for check, _ in lines}
+    lines += [
+        (f"same {what}", "" if compared else " (no audit of the run to compare with)")
+        for what in ("artifact", "code", "scores", "epochs")
+    ]
+    result = {
+        check: "VIOLATED"
+        if check in found["failed"]
+        else "ok"
+        if compared or not check.startswith("same")
+        else "-"
+        for check, _ in lines
+    }
     return "\n".join(f"{check:<16}{result[check]}{note}" for check, note in lines)
 
 
@@ -730,14 +900,21 @@ def main(argv: list[str] | None = None) -> None:
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
     import train_gpt as T
     from bench import Parser, compile_newton_schulz
+
     parser = Parser(description="Check the scoring of an artifact against the challenge's rules.")
     parser.add_argument("artifact", type=Path, help="logs/RUN_ID.bin")
     parser.add_argument("shards", type=Path, help="folder of the validation shards")
-    parser.add_argument("--tokenizer", help="SentencePiece model (the setting TOKENIZER_PATH)", metavar="FILE")
-    parser.add_argument("--compare", type=Path, help="a run's audit (RUN_ID.audit.json beside the artifact)", metavar="FILE")
+    parser.add_argument(
+        "--tokenizer", help="SentencePiece model (the setting TOKENIZER_PATH)", metavar="FILE"
+    )
+    parser.add_argument(
+        "--compare", type=Path, help="a run's audit (RUN_ID.audit.json beside the artifact)", metavar="FILE"
+    )
     args = parser.parse_args(argv)
     path = args.compare or args.artifact.with_suffix(".audit.json")
-    environ = {**os.environ, "DATA_PATH": str(args.shards)} | ({"TOKENIZER_PATH": args.tokenizer} if args.tokenizer else {})
+    environ = {**os.environ, "DATA_PATH": str(args.shards)} | (
+        {"TOKENIZER_PATH": args.tokenizer} if args.tokenizer else {}
+    )
     try:
         run = json.loads(path.read_text("utf-8")) if args.compare or path.exists() else None
         if run is not None:
@@ -750,14 +927,18 @@ def main(argv: list[str] | None = None) -> None:
     except (T.RunError, OSError) as e:
         parser.exit(2, f"error: {e}\n")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        parser.exit(2, f"error: {path}: no audit of a run ({type(e).__name__}: {e}); give another by --compare\n")
+        parser.exit(
+            2, f"error: {path}: no audit of a run ({type(e).__name__}: {e}); give another by --compare\n"
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     found["failed"] += {check for check, _ in lines}
     found["violations"] += [line for _, line in lines]
     if int(os.environ.get("RANK", 0)) == 0:
-        print(table(found, run is not None), *(f"violation: {line}" for line in found["violations"]), sep="\n")
+        print(
+            table(found, run is not None), *(f"violation: {line}" for line in found["violations"]), sep="\n"
+        )
     sys.exit(bool(found["violations"]))
 
 

@@ -6,6 +6,7 @@
 
 Settings are those of train_gpt.py, as environment variables. Chrome or https://ui.perfetto.dev opens a profile.
 """
+
 import argparse
 import gzip
 import json
@@ -36,11 +37,17 @@ from readme import table  # noqa: E402
 from tools.extras import peak_memory  # noqa: E402
 from train_gpt import RunError  # noqa: E402
 
-ATTENTION_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, as torch.backends.cuda.enable_NAME_sdp
+ATTENTION_KERNELS = (
+    "cudnn",
+    "flash",
+    "mem_efficient",
+    "math",
+)  # PyTorch's, as torch.backends.cuda.enable_NAME_sdp
 
 
 class Bench(NamedTuple):
     """What every measurement is given."""
+
     s: object  # the settings
     device: torch.device
     attention: Callable
@@ -79,13 +86,18 @@ class Bench(NamedTuple):
 # What a step costs in theory, and what the machine can do
 # -------
 
+
 def forward_flop(model: torch.nn.Module, s, length: int) -> tuple[int, str]:
     """FLOP of a forward pass per token in sequences of `length`, and the formula. Training takes three times that."""
     head = model.tok_emb if model.head is None else model.head
-    weights = sum(m.numel() for m in (*model.banks(), head, model.bigram_proj, model.ve_proj) if m is not None)
-    return (2 * weights + 2 * s.num_layers * length * s.model_dim,
-            f"2 x {weights:,} matrix weights + 2 x {s.num_layers} layers x {length} x {s.model_dim} for attention's two "
-            "products, of which the causal mask leaves half")
+    weights = sum(
+        m.numel() for m in (*model.banks(), head, model.bigram_proj, model.ve_proj) if m is not None
+    )
+    return (
+        2 * weights + 2 * s.num_layers * length * s.model_dim,
+        f"2 x {weights:,} matrix weights + 2 x {s.num_layers} layers x {length} x {s.model_dim} for attention's two "
+        "products, of which the causal mask leaves half",
+    )
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
@@ -99,6 +111,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
 # -------
 # Clocks and counters
 # -------
+
 
 def now(device: torch.device) -> float:
     """Seconds, when the device has done all it was given."""
@@ -118,8 +131,12 @@ def timed(step: Callable, times: int, device: torch.device) -> list[float]:
 
 def spread(seconds: list[float]) -> dict[str, float]:
     """In milliseconds."""
-    return dict(zip(("least", "quartile1", "median", "quartile3", "most"),
-                    (1000 * np.percentile(seconds, (0, 25, 50, 75, 100))).tolist()))
+    return dict(
+        zip(
+            ("least", "quartile1", "median", "quartile3", "most"),
+            (1000 * np.percentile(seconds, (0, 25, 50, 75, 100))).tolist(),
+        )
+    )
 
 
 def compilations() -> Counter:
@@ -130,6 +147,7 @@ def compilations() -> Counter:
 
 class ReadsOnHost(TorchFunctionMode):
     """Refuses a tensor's methods that hand its values to Python; on a GPU they wait for the device."""
+
     READS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "cpu", "__array__")}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -140,8 +158,17 @@ class ReadsOnHost(TorchFunctionMode):
 
 class WaitsForValues(TorchDispatchMode):
     """Refuses operators whose result, or its size, depends on values: .item(), `if tensor`, nonzero, masks as indices."""
-    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "allclose", "bincount",
-             "repeat_interleave"}
+
+    WAITS = {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "equal",
+        "allclose",
+        "bincount",
+        "repeat_interleave",
+    }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -207,6 +234,7 @@ def classify(name: str, inside: Sequence[str] = ()) -> str:
 
 class Kernel(NamedTuple):
     """A GPU's kernel, or an operator of the CPU without those it calls."""
+
     name: str
     part: str
     us: float
@@ -214,10 +242,14 @@ class Kernel(NamedTuple):
 
 def host_calls(events: Iterable[dict]) -> Iterable[tuple[dict, tuple[str, ...], float]]:
     """Operators, ranges and launches as (event, what it runs in, innermost first, microseconds in none it calls)."""
-    events = [e for e in events if e.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")]
+    events = [
+        e for e in events if e.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
+    ]
     calls, stack = [], []  # a call: [event, names, microseconds left]
     for event in sorted(events, key=lambda e: (str(e["tid"]), e["ts"], -e["dur"])):
-        while stack and ((last := stack[-1][0])["tid"] != event["tid"] or last["ts"] + last["dur"] <= event["ts"]):
+        while stack and (
+            (last := stack[-1][0])["tid"] != event["tid"] or last["ts"] + last["dur"] <= event["ts"]
+        ):
             stack.pop()
         if stack:
             stack[-1][2] -= event["dur"]
@@ -231,14 +263,24 @@ def kernels_of(events: list[dict]) -> tuple[list[Kernel], float]:
     """A trace's kernels, or without any its operators in the STEP range; and the share of that range they fill."""
     events = [e for e in events if e.get("ph") == "X"]
     step = next(e for e in events if e["name"] == STEP and e["cat"] == "user_annotation")
-    kernels = sorted((e for e in events if e["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"])
+    kernels = sorted(
+        (e for e in events if e["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
+    )
     calls = host_calls(events)
     if not kernels:
-        found = [Kernel(e["name"], classify(e["name"], names), us) for e, names, us in calls if STEP in (e["name"], *names)]
+        found = [
+            Kernel(e["name"], classify(e["name"], names), us)
+            for e, names, us in calls
+            if STEP in (e["name"], *names)
+        ]
         return found, sum(kernel.us for kernel in found) / step["dur"]
-    launched_in = {e["args"]["correlation"]: names for e, names, _ in calls if "correlation" in e.get("args", {})}
-    found = [Kernel(e["name"], classify(e["name"], launched_in.get(e["args"].get("correlation"), ())), e["dur"])
-             for e in kernels]
+    launched_in = {
+        e["args"]["correlation"]: names for e, names, _ in calls if "correlation" in e.get("args", {})
+    }
+    found = [
+        Kernel(e["name"], classify(e["name"], launched_in.get(e["args"].get("correlation"), ())), e["dur"])
+        for e in kernels
+    ]
     busy, end = 0.0, 0.0
     for e in kernels:
         busy += max(0.0, e["ts"] + e["dur"] - max(end, e["ts"]))
@@ -248,9 +290,11 @@ def kernels_of(events: list[dict]) -> tuple[list[Kernel], float]:
 
 def marked(method: Callable) -> Callable:
     """The method, in the range OPTIMIZER of a profile."""
+
     def run(*args, **kwargs):
         with record_function(OPTIMIZER):
             return method(*args, **kwargs)
+
     return run
 
 
@@ -272,6 +316,7 @@ def trace(step: Callable, bench: Bench) -> list[dict]:
 # The measurements
 # -------
 
+
 def measure(step: Callable, bench: Bench, tokens: int, flop: float) -> dict:
     """Time steps of so many tokens and so much FLOP, over all processes, and profile one."""
     ms = spread(timed(step, bench.steps, bench.device))
@@ -284,12 +329,21 @@ def measure(step: Callable, bench: Bench, tokens: int, flop: float) -> dict:
         calls[name, part] += 1
     peak, size = matrix_peak(bench.device, bench.dtype)
     return dict(
-        ms=ms, tokens_per_step=tokens, tokens_per_second=1000 * tokens / ms["median"],
+        ms=ms,
+        tokens_per_step=tokens,
+        tokens_per_second=1000 * tokens / ms["median"],
         parts={part: dict(ms=part_us[part] / 1000, share=part_us[part] / part_us.total()) for part in PARTS},
-        busy_share=busy, flop_per_token=flop / tokens, matrix_peak=peak, matrix_size=size,
-        share_of_peak=1000 * flop / ms["median"] / T.world_size() / peak, peak_memory_mib=memory,
-        longest=[dict(name=name, part=part, ms=us / 1000, calls=calls[name, part])
-                 for (name, part), us in name_us.most_common(16)])
+        busy_share=busy,
+        flop_per_token=flop / tokens,
+        matrix_peak=peak,
+        matrix_size=size,
+        share_of_peak=1000 * flop / ms["median"] / T.world_size() / peak,
+        peak_memory_mib=memory,
+        longest=[
+            dict(name=name, part=part, ms=us / 1000, calls=calls[name, part])
+            for (name, part), us in name_us.most_common(16)
+        ],
+    )
 
 
 def after_warm_up(warm_up: Callable, run: Callable[[], dict], bench: Bench) -> dict:
@@ -298,8 +352,11 @@ def after_warm_up(warm_up: Callable, run: Callable[[], dict], bench: Bench) -> d
     warm_up()
     warm_up_seconds, before = now(bench.device) - start, compilations()
     found = run()
-    return found | dict(warm_up_seconds=warm_up_seconds, recompilations=(compilations() - before)["graphs"],
-                        graph_breaks=compilations()["breaks"])
+    return found | dict(
+        warm_up_seconds=warm_up_seconds,
+        recompilations=(compilations() - before)["graphs"],
+        graph_breaks=compilations()["breaks"],
+    )
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -337,7 +394,7 @@ def bench_train(bench: Bench) -> dict:
             trainer.optimizers.step = marked(trainer.optimizers.step)
             found = measure(step, bench, s.train_batch_tokens, 3 * flop * s.train_batch_tokens)
             syncs = {"step": host_syncs(step, bench)}
-            seconds, = timed(lambda: start_qat(trainer), 1, bench.device)
+            (seconds,) = timed(lambda: start_qat(trainer), 1, bench.device)
             qat_ms = spread(timed(step, -(-bench.steps // 4), bench.device))
             syncs["step with late QAT"] = host_syncs(step, bench)
             return found | dict(qat_start_seconds=seconds, qat_ms=qat_ms, host_syncs=syncs)
@@ -357,22 +414,30 @@ def bench_score(bench: Bench) -> dict:
         plan = torch.stack((start, start, start + length), dim=1), length
     else:
         windows = 8 * T.world_size() * max(1, s.val_batch_size // 8 // s.eval_seq_len)
-        scorer = bench.scorer(model, bench.tokens(s.eval_seq_len + windows * s.eval_stride + 1), s.eval_seq_len)
+        scorer = bench.scorer(
+            model, bench.tokens(s.eval_seq_len + windows * s.eval_stride + 1), s.eval_seq_len
+        )
         window, read, scored = s.eval_seq_len, windows * s.eval_seq_len, windows * s.eval_stride
-        plan = T.plan_windows(scorer.targets, window, s.eval_stride)[1:],  # the first window scores all its tokens
+        plan = (
+            T.plan_windows(scorer.targets, window, s.eval_stride)[1:],
+        )  # the first window scores all its tokens
     flop, formula = forward_flop(model, s, window)
-    return after_warm_up(lambda: timed(lambda: scorer.score(*plan), 3, bench.device),
-                         lambda: measure(lambda: scorer.score(*plan), bench, scored, flop * read),
-                         bench) | dict(formula=f"{read} / {scored} x ({formula})")
+    return after_warm_up(
+        lambda: timed(lambda: scorer.score(*plan), 3, bench.device),
+        lambda: measure(lambda: scorer.score(*plan), bench, scored, flop * read),
+        bench,
+    ) | dict(formula=f"{read} / {scored} x ({formula})")
 
 
 def stopwatch(method: Callable, seconds: list[float], device: torch.device) -> Callable:
     """The method, adding what each call takes to a list."""
+
     def run(*args, **kwargs):
         start = now(device)
         result = method(*args, **kwargs)
         seconds.append(now(device) - start)
         return result
+
     return run
 
 
@@ -410,7 +475,8 @@ def bench_ttt(bench: Bench) -> dict:
         return found | dict(
             seconds_per_chunk=dict(score=score, train=learn - update, update=update),
             seconds_per_million_tokens=1e6 / found["tokens_per_second"],
-            formula="of scoring, and forward and backward of each epoch; in a stream the first epoch's forward is scoring's")
+            formula="of scoring, and forward and backward of each epoch; in a stream the first epoch's forward is scoring's",
+        )
 
     return after_warm_up(lambda: timed(chunk, 2, bench.device), run, bench)
 
@@ -433,12 +499,19 @@ def bench_artifact(bench: Bench) -> dict:
         stages = dict(
             calibrate=lambda: made.update(zip(("moments", "fisher"), trainer.calibrate())),
             fit=lambda: trainer.fix_steps(made["fisher"], s.artifact_limit),
-            quantize=lambda: made.update(stored=T.quantize(weights, trainer.steps, factors_of(made["moments"]))),
+            quantize=lambda: made.update(
+                stored=T.quantize(weights, trainer.steps, factors_of(made["moments"]))
+            ),
             pack=lambda: made.update(data=T.pack_artifact(s, "0" * 64, made["stored"])),
-            unpack=lambda: T.dequantize(T.unpack_artifact(made["data"], "in memory")[2]))
+            unpack=lambda: T.dequantize(T.unpack_artifact(made["data"], "in memory")[2]),
+        )
         times = {name: spread(timed(stage, bench.steps, bench.device)) for name, stage in stages.items()}
-    return dict(artifact_ms=times, artifact_bytes=len(made["data"]), parameters=sum(w.numel() for w in weights.values()),
-                peak_memory_mib=int(peak_memory()))
+    return dict(
+        artifact_ms=times,
+        artifact_bytes=len(made["data"]),
+        parameters=sum(w.numel() for w in weights.values()),
+        peak_memory_mib=int(peak_memory()),
+    )
 
 
 BENCHES = dict(train=bench_train, score=bench_score, ttt=bench_ttt, artifact=bench_artifact)
@@ -449,39 +522,60 @@ STEPS = dict(train="step", score="eight batches", ttt="chunk")
 # What is printed
 # -------
 
+
 def rows(found: dict) -> list[list[str]]:
     """The table: what, value, remark."""
+
     def time_row(what: str, ms: dict[str, float], remark: str = "") -> list[str]:
-        return [what, f"{ms['median']:,.2f} ms", f"median{remark}; quartiles {ms['quartile1']:,.2f} and "
-                f"{ms['quartile3']:,.2f}, least {ms['least']:,.2f}, most {ms['most']:,.2f}"]
+        return [
+            what,
+            f"{ms['median']:,.2f} ms",
+            f"median{remark}; quartiles {ms['quartile1']:,.2f} and "
+            f"{ms['quartile3']:,.2f}, least {ms['least']:,.2f}, most {ms['most']:,.2f}",
+        ]
 
     lines = []
     if "ms" in found:
         lines += [time_row(STEPS[found["bench"]], found["ms"], f" of {found['steps']}")]
         if "qat_ms" in found:
-            lines += [time_row("step with late QAT", found["qat_ms"]),
-                      ["start of late QAT", f"{found['qat_start_seconds']:.2f} s", ""]]
-        lines += [["tokens per second", f"{found['tokens_per_second']:,.0f}", f"{found['tokens_per_step']:,} at a time"]]
+            lines += [
+                time_row("step with late QAT", found["qat_ms"]),
+                ["start of late QAT", f"{found['qat_start_seconds']:.2f} s", ""],
+            ]
+        lines += [
+            [
+                "tokens per second",
+                f"{found['tokens_per_second']:,.0f}",
+                f"{found['tokens_per_step']:,} at a time",
+            ]
+        ]
         for part, seconds in found.get("seconds_per_chunk", {}).items():
             lines += [[f"{part}, seconds per chunk", f"{seconds:.4f}", ""]]
         if "seconds_per_million_tokens" in found:
             lines += [["seconds per million tokens", f"{found['seconds_per_million_tokens']:.2f}", ""]]
         for name, part in found["parts"].items():
             lines += [[name, f"{part['ms']:,.2f} ms", f"{part['share']:.1%}"]]
-        lines += [["busy", f"{found['busy_share']:.1%}", "of the profiled step"],
-                  ["model FLOP per token", f"{found['flop_per_token']:.4g}", "see below"],
-                  ["matrix peak, TFLOP/s", f"{found['matrix_peak'] / 1e12:,.2f}",
-                   f"{found['dtype']} matrices of {found['matrix_size']} x {found['matrix_size']}"],
-                  ["share of the matrix peak", f"{found['share_of_peak']:.1%}", ""]]
+        lines += [
+            ["busy", f"{found['busy_share']:.1%}", "of the profiled step"],
+            ["model FLOP per token", f"{found['flop_per_token']:.4g}", "see below"],
+            [
+                "matrix peak, TFLOP/s",
+                f"{found['matrix_peak'] / 1e12:,.2f}",
+                f"{found['dtype']} matrices of {found['matrix_size']} x {found['matrix_size']}",
+            ],
+            ["share of the matrix peak", f"{found['share_of_peak']:.1%}", ""],
+        ]
     for stage, ms in found.get("artifact_ms", {}).items():
         lines += [time_row(stage, ms, f" of {found['steps']}")]
     if "artifact_bytes" in found:
         lines += [["bytes", f"{found['artifact_bytes']:,}", f"{found['parameters']:,} parameters, random"]]
     lines += [["peak memory", f"{found['peak_memory_mib']:,} MiB", "of the first process"]]
     if "ms" in found:
-        lines += [["warm-up", f"{found['warm_up_seconds']:.1f} s", "with what it compiles"],
-                  ["compilations after warm-up", str(found["recompilations"]), ""],
-                  ["graph breaks", str(found["graph_breaks"]), ""]]
+        lines += [
+            ["warm-up", f"{found['warm_up_seconds']:.1f} s", "with what it compiles"],
+            ["compilations after warm-up", str(found["recompilations"]), ""],
+            ["graph breaks", str(found["graph_breaks"]), ""],
+        ]
     for step, syncs in found.get("host_syncs", {}).items():
         lines += [[f"host synchronisations in a {step}", syncs, ""]]
     return lines
@@ -489,15 +583,24 @@ def rows(found: dict) -> list[list[str]]:
 
 def report(found: dict) -> str:
     changed = " ".join(f"{name}={value}" for name, value in found["settings"].items())
-    lines = [f"{found['bench']}: {found['processes']} x {found['machine']}, {found['dtype']}"
-             f"{', compiled' * found['compiled']}, attention: {found['attention']}, torch {found['torch']}, "
-             f"Python {found['python']}", f"settings: {changed or 'the defaults'}; {found['tokens']} tokens", "",
-             table(["what", "value", "remark"], rows(found))]
+    lines = [
+        f"{found['bench']}: {found['processes']} x {found['machine']}, {found['dtype']}"
+        f"{', compiled' * found['compiled']}, attention: {found['attention']}, torch {found['torch']}, "
+        f"Python {found['python']}",
+        f"settings: {changed or 'the defaults'}; {found['tokens']} tokens",
+        "",
+        table(["what", "value", "remark"], rows(found)),
+    ]
     if "longest" in found:
         lines += ["", f"FLOP per token: {found['formula']}"]
-        longest = [[entry["name"][:90], entry["part"], f"{entry['ms']:,.2f}", str(entry["calls"])]
-                   for entry in found["longest"]]
-        lines += ["", table(["longest kernels, or operators of a CPU", "part", "ms", "calls"], longest, right=2)]
+        longest = [
+            [entry["name"][:90], entry["part"], f"{entry['ms']:,.2f}", str(entry["calls"])]
+            for entry in found["longest"]
+        ]
+        lines += [
+            "",
+            table(["longest kernels, or operators of a CPU", "part", "ms", "calls"], longest, right=2),
+        ]
     return "\n".join(lines)
 
 
@@ -509,12 +612,18 @@ def choose_attention(name: str | None, device: torch.device, s) -> tuple[str, Ca
     if attention is T.torch_attention and device.type == "cuda":
         for other in ATTENTION_KERNELS if name else ():
             getattr(torch.backends.cuda, f"enable_{other}_sdp")(other == name)
-        q, k, v = (torch.randn(1, 128, n, s.model_dim // s.num_heads, device=device, dtype=torch.bfloat16,
-                               requires_grad=True) for n in (s.num_heads, s.num_kv_heads, s.num_kv_heads))
+        q, k, v = (
+            torch.randn(
+                1, 128, n, s.model_dim // s.num_heads, device=device, dtype=torch.bfloat16, requires_grad=True
+            )
+            for n in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
+        )
         try:
             attention(q, k, v).sum().backward()
         except RuntimeError as e:
-            raise RunError(f"attention kernel {kernel}: does not run here ({' '.join(str(e).split())[:200]})") from None
+            raise RunError(
+                f"attention kernel {kernel}: does not run here ({' '.join(str(e).split())[:200]})"
+            ) from None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         chosen = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
         kernel = SDPBackend(chosen).name.lower().removesuffix("_attention")  # cudnn, flash, efficient or math
@@ -539,11 +648,32 @@ def run(args: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if cuda else torch.float32
     bench = Bench(s, device, attention, dtype, compiled, args.steps, args.shards, args.profile)
     figures = BENCHES[args.bench](bench)
-    machine = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    changed = {name: T.show(value) for name, f in T.FIELDS.items() if (value := getattr(s, name.lower())) != f.default}
-    return dict(bench=args.bench, machine=machine, processes=T.world_size(), attention=kernel, torch=torch.__version__,
-                python=platform.python_version(), dtype=str(dtype).removeprefix("torch."), compiled=compiled,
-                settings=changed, tokens="shards'" if args.shards else "uniform", steps=args.steps) | figures
+    machine = (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    )
+    changed = {
+        name: T.show(value)
+        for name, f in T.FIELDS.items()
+        if (value := getattr(s, name.lower())) != f.default
+    }
+    return (
+        dict(
+            bench=args.bench,
+            machine=machine,
+            processes=T.world_size(),
+            attention=kernel,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            dtype=str(dtype).removeprefix("torch."),
+            compiled=compiled,
+            settings=changed,
+            tokens="shards'" if args.shards else "uniform",
+            steps=args.steps,
+        )
+        | figures
+    )
 
 
 def positive(text: str) -> int:
@@ -570,14 +700,26 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="Measure speed on this machine; settings are train_gpt.py's environment variables.")
+    parser = Parser(
+        description="Measure speed on this machine; settings are train_gpt.py's environment variables."
+    )
     parser.add_argument("bench", choices=BENCHES, help="what to measure")
     parser.add_argument("--steps", type=positive, metavar="N", help="steps to time (20; artifact: 3)")
-    parser.add_argument("--attention", choices=ATTENTION_KERNELS, help="a GPU's kernel; without it, train_gpt.py's choice")
-    parser.add_argument("--shards", action="store_true", help="tokens from DATA_PATH's shards; without it, uniform ones")
-    parser.add_argument("--compile", action="store_true", help="compile on a CPU too, which takes a C++ compiler")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="leave a Chrome trace of one step, .json or .json.gz")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as a line of JSON; - prints just that")
+    parser.add_argument(
+        "--attention", choices=ATTENTION_KERNELS, help="a GPU's kernel; without it, train_gpt.py's choice"
+    )
+    parser.add_argument(
+        "--shards", action="store_true", help="tokens from DATA_PATH's shards; without it, uniform ones"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile on a CPU too, which takes a C++ compiler"
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="leave a Chrome trace of one step, .json or .json.gz"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the figures as a line of JSON; - prints just that"
+    )
     args = parser.parse_args(argv)
     args.steps = args.steps or (3 if args.bench == "artifact" else 20)
     with ends_in_one_line():

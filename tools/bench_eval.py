@@ -8,6 +8,7 @@ A row is a set of settings, on top of those the weights were made with and of th
 weights in the file and scores the same tokens, as train_gpt.py does last. Without --row: sliding windows, streaming, the
 record's TTT and RECIPE=best's. A GPU is compiled for first, and that is not timed.
 """
+
 import argparse
 import json
 import os
@@ -28,8 +29,17 @@ from readme import scoring_report  # noqa: E402
 from train_gpt import RunError  # noqa: E402
 
 ROWS = [f"RECIPE={recipe} TTT_ENABLED={ttt}" for ttt in (0, 1) for recipe in T.RECIPES]
-SHOWN = ["eval_stride", "eval_window", "ttt_chunk_tokens", "ttt_epochs", "ttt_lr", "ttt_muon", "ttt_decay",
-         "ttt_entropy_adapt", "ttt_freeze_blocks"]  # of what a row's score depends on
+SHOWN = [
+    "eval_stride",
+    "eval_window",
+    "ttt_chunk_tokens",
+    "ttt_epochs",
+    "ttt_lr",
+    "ttt_muon",
+    "ttt_decay",
+    "ttt_entropy_adapt",
+    "ttt_freeze_blocks",
+]  # of what a row's score depends on
 
 
 def say(line: str) -> None:
@@ -52,11 +62,16 @@ def shown(s: Any) -> str:
     names = [name for name in SHOWN if name.startswith("eval_") or s.ttt_enabled]
     names.remove("eval_window" if s.eval_mode == "sliding" else "eval_stride")
     values = {name: getattr(s, name) for name in names} | (
-        {"eval_window": s.eval_window or s.eval_seq_len} if s.eval_mode == "streaming" else {"eval_seq_len": s.eval_seq_len})
+        {"eval_window": s.eval_window or s.eval_seq_len}
+        if s.eval_mode == "streaming"
+        else {"eval_seq_len": s.eval_seq_len}
+    )
     return " ".join(f"{name.upper()}={T.show(value)}" for name, value in values.items())
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], Callable, torch.Tensor, T.ByteTables]:
+def prepare(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[list[Any], Callable, torch.Tensor, T.ByteTables]:
     """(the rows' settings, a function that makes the model, tokens to score (N + 1,), byte tables). Raises RunError, OSError."""
     made_with, kept, weights, data = read(args.file)
     settings = [settings_of(row, kept, args.file) for row in args.row or ROWS]
@@ -64,34 +79,50 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], 
     tokenizer, fingerprint = T.load_tokenizer(s.tokenizer_path, s.vocab_size)
     if fingerprint != made_with:
         raise RunError(f"{args.file}: made with another tokenizer than TOKENIZER_PATH={s.tokenizer_path}")
-    tokens = T.check_ids(T.open_shard(args.shard)[:args.tokens + 1 if args.tokens else None], s.vocab_size, args.shard)
+    tokens = T.check_ids(
+        T.open_shard(args.shard)[: args.tokens + 1 if args.tokens else None], s.vocab_size, args.shard
+    )
     if len(tokens) < 2:
         raise RunError(f"{args.shard}: one token, so that there is nothing to score")
     weights = T.dequantize(weights) if data else weights
-    attention, dtype = T.choose_attention(device)[1], torch.bfloat16 if device.type == "cuda" else torch.float32
+    attention, dtype = (
+        T.choose_attention(device)[1],
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+    )
 
     def model_of(s: Any) -> T.GPT:
         model = T.GPT(s, attention, dtype)
         model.load_state_dict(weights)
         return model.on(device)
 
-    return settings, model_of, tokens.to(device), T.ByteTables(*(t.to(device) for t in T.byte_tables(tokenizer)))
+    return (
+        settings,
+        model_of,
+        tokens.to(device),
+        T.ByteTables(*(t.to(device) for t in T.byte_tables(tokenizer))),
+    )
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """A dict for each row; its seconds are those of each round, in which the rows take turns."""
     settings, model_of, tokens, tables = T.together(lambda: prepare(args, device))
-    found = [dict(mode=s.eval_mode + " + TTT" * s.ttt_enabled, settings=shown(s), seconds=[]) for s in settings]
+    found = [
+        dict(mode=s.eval_mode + " + TTT" * s.ttt_enabled, settings=shown(s), seconds=[]) for s in settings
+    ]
     for _ in range(args.repeat):
         for s, row in zip(settings, found):
             model = model_of(s)
             T.compile_scoring(s, model, tables)
             start = now(device)
-            name, stage = list(T.scoring_stages(s, model, tokens, tables, lambda: now(device) - start).items())[-1]
+            name, stage = list(
+                T.scoring_stages(s, model, tokens, tables, lambda: now(device) - start).items()
+            )[-1]
             score = stage()
             row["seconds"].append(now(device) - start)
             row |= dict(stage=name, tokens=int(score.tokens), val_loss=score.val_loss, val_bpb=score.val_bpb)
-            say(f"{row['mode']}: val_bpb {score.val_bpb:.5f} in {row['seconds'][-1]:.1f} s ({row['settings']})")
+            say(
+                f"{row['mode']}: val_bpb {score.val_bpb:.5f} in {row['seconds'][-1]:.1f} s ({row['settings']})"
+            )
     return found
 
 
@@ -100,8 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="artifact, or checkpoint of tools/keep_weights.py")
     parser.add_argument("shard", type=Path, help="shard of the text to score")
     parser.add_argument("--tokens", type=positive, help="score the shard's first N tokens (all)", metavar="N")
-    parser.add_argument("--repeat", type=positive, default=1, help="rounds to time (%(default)s)", metavar="N")
-    parser.add_argument("--row", action="append", help="settings to compare, such as 'RECIPE=best TTT_LR=0.01'")
+    parser.add_argument(
+        "--repeat", type=positive, default=1, help="rounds to time (%(default)s)", metavar="N"
+    )
+    parser.add_argument(
+        "--row", action="append", help="settings to compare, such as 'RECIPE=best TTT_LR=0.01'"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args(argv)
     with ends_in_one_line():
@@ -112,7 +147,9 @@ def main(argv: list[str] | None = None) -> None:
             compile_newton_schulz()
         machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
         say(time.strftime("%Y-%m-%d ") + f"bench_eval.py {args.file.name} {args.shard.name}")
-        found = dict(machine=f"{T.world_size()} x {machine}", torch=torch.__version__, rows=measure(args, device))
+        found = dict(
+            machine=f"{T.world_size()} x {machine}", torch=torch.__version__, rows=measure(args, device)
+        )
         say("\n" + scoring_report(found))
         if args.json and T.rank() == 0:
             T.write_atomically(args.json, (json.dumps(found, indent=1) + "\n").encode())

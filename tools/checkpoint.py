@@ -12,6 +12,7 @@ A file is written whole, under another name, and then takes the place of the one
 logs/RUN_ID.ckpt.previous: should the last state already lead to numbers that are none, that one may not.
 Training waits only for the copy to main memory; a thread writes.
 """
+
 import hashlib
 import io
 import os
@@ -28,7 +29,12 @@ import torch.distributed as dist
 
 MAGIC = b"GPTCKPT1"
 STOPPED = 75  # exit status after SIGTERM: run again, with RESUME
-MAY_DIFFER = {"TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "MAX_WALLCLOCK_SECONDS", "EVAL_MAX_SECONDS"}  # when resuming
+MAY_DIFFER = {
+    "TRAIN_LOG_EVERY",
+    "VAL_LOSS_EVERY",
+    "MAX_WALLCLOCK_SECONDS",
+    "EVAL_MAX_SECONDS",
+}  # when resuming
 
 
 def to_cpu(value: Any) -> Any:
@@ -81,13 +87,17 @@ class Keeper:
         self.state = {}
         self.terminated, self.looping, self.next, self.last = False, False, 0, time.monotonic()
         self.pool, self.written, self.saved = ThreadPoolExecutor(1), None, None
-        self.made_by = {name: program.show(getattr(s, name)) for name in program.NAMES if name.upper() not in MAY_DIFFER}
+        self.made_by = {
+            name: program.show(getattr(s, name)) for name in program.NAMES if name.upper() not in MAY_DIFFER
+        }
         self.made_by["source"] = hashlib.sha256(Path(program.__file__).read_bytes()).hexdigest()
         if s.resume:
             self.state = program.from_rank0(program.together(self.read, 1))
             self.saved = self.source if self.state else None
         self.scores = {name: program.Score(*score) for name, score in self.state.get("scores", {}).items()}
-        self.seconds = dict(self.state.get("seconds", {}))  # that each stage took, the present one's so far as ""
+        self.seconds = dict(
+            self.state.get("seconds", {})
+        )  # that each stage took, the present one's so far as ""
         self.spent_before = dict(self.seconds)
         signal.signal(signal.SIGTERM, self.terminate)
 
@@ -104,8 +114,11 @@ class Keeper:
         made_by = state["made_by"]
         for name, value in self.made_by.items():
             if made_by.get(name) != value:
-                raise error(f"checkpoint {path}: made by another train_gpt.py" if name == "source" else
-                            f"checkpoint {path}: made with {name.upper()}={made_by.get(name)}, not {value}")
+                raise error(
+                    f"checkpoint {path}: made by another train_gpt.py"
+                    if name == "source"
+                    else f"checkpoint {path}: made with {name.upper()}={made_by.get(name)}, not {value}"
+                )
         return state
 
     def terminate(self, *_: Any) -> None:
@@ -128,8 +141,12 @@ class Keeper:
                 written.result()
         except OSError as e:
             self.saved = self.path if self.path.exists() else None
-            self.program.log("checkpoint_failed", "checkpoint {path} could not be written: {reason}; going on",
-                             path=str(self.path), reason=str(e))
+            self.program.log(
+                "checkpoint_failed",
+                "checkpoint {path} could not be written: {reason}; going on",
+                path=str(self.path),
+                reason=str(e),
+            )
 
     def due(self, position: int) -> bool:
         """Whether to save now; all ranks agree on it. Asked at each position, it lets ranks talk ten times a second."""
@@ -139,7 +156,8 @@ class Keeper:
         pace = max(position - self.asked[0], 1) / max(now - self.asked[1], 1e-3)
         late = rank == 0 and every and now - self.last >= every
         stop, late, pace = self.program.all_reduce(
-            torch.tensor([self.terminated, late, pace * (rank == 0)], dtype=torch.float64)).tolist()
+            torch.tensor([self.terminated, late, pace * (rank == 0)], dtype=torch.float64)
+        ).tolist()
         self.asked, self.gap = (position, now), max(1, min(2 * self.gap, int(0.1 * pace)))
         self.next = position + self.gap
         self.terminated = stop > 0
@@ -158,8 +176,11 @@ class Keeper:
     def stop(self, others: str = "") -> None:
         """End this process. `others`: what to tell the other ranks unless they stop, too."""
         self.report()
-        self.program.log("stopped", f"stopped by SIGTERM; {'go on with RESUME={path}' if self.saved else 'nothing is saved'}",
-                         path=str(self.saved or ""))
+        self.program.log(
+            "stopped",
+            f"stopped by SIGTERM; {'go on with RESUME={path}' if self.saved else 'nothing is saved'}",
+            path=str(self.saved or ""),
+        )
         if self.watch:
             self.watch.end(others)
         os._exit(STOPPED)  # threads of PyTorch may abort a normal exit
@@ -177,18 +198,24 @@ class Keeper:
             return None
         shards = [len(shard) for shard in trainer.shards]
         if state["shards"] != shards:
-            raise program.RunError(f"checkpoint {self.source}: made with train shards of {state['shards']} tokens, "
-                                   f"not {shards}")
+            raise program.RunError(
+                f"checkpoint {self.source}: made with train shards of {state['shards']} tokens, not {shards}"
+            )
         optimizers, device = trainer.optimizers, trainer.device
         program.copy_weights(trainer.weights, [w.to(device) for w in state["weights"]])
         optimizers.adamw.load_state_dict(state["adamw"])
         for buffer, whole in zip(optimizers.momentum, state["momentum"]):
-            own = whole[program.rank() * len(buffer):][:len(buffer)]
-            buffer.zero_()[:len(own)] = own
+            own = whole[program.rank() * len(buffer) :][: len(buffer)]
+            buffer.zero_()[: len(own)] = own
         averages.samples = state["samples"]
-        averages.averages = {name: [w.to(device) for w in weights] for name, weights in state["averages"].items()}
+        averages.averages = {
+            name: [w.to(device) for w in weights] for name, weights in state["averages"].items()
+        }
         if state["base"]:
-            trainer.base, trainer.knob = {name: t.to(device) for name, t in state["base"].items()}, state["knob"]
+            trainer.base, trainer.knob = (
+                {name: t.to(device) for name, t in state["base"].items()},
+                state["knob"],
+            )
             trainer.steps = program.scaled(trainer.base, trainer.knob)
         torch.set_rng_state(state["generators"][0])
         if device.type == "cuda" and len(state["generators"]) > 1:
@@ -203,12 +230,26 @@ class Keeper:
         if not self.due(step) and not last:
             return
         optimizers = trainer.optimizers
-        momentum = [self.whole(buffer)[:len(bank)] for buffer, bank in zip(optimizers.momentum, optimizers.banks)]
-        generators = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if trainer.device.type == "cuda" else [])
-        self.save(phase="training", step=step, elapsed=elapsed, weights=trainer.weights, adamw=optimizers.adamw.state_dict(),
-                  momentum=momentum, averages=averages.averages, samples=averages.samples, generators=generators,
-                  base=trainer.steps and trainer.base, knob=trainer.steps and trainer.knob,
-                  shards=[len(shard) for shard in trainer.shards])
+        momentum = [
+            self.whole(buffer)[: len(bank)] for buffer, bank in zip(optimizers.momentum, optimizers.banks)
+        ]
+        generators = [torch.get_rng_state()] + (
+            [torch.cuda.get_rng_state()] if trainer.device.type == "cuda" else []
+        )
+        self.save(
+            phase="training",
+            step=step,
+            elapsed=elapsed,
+            weights=trainer.weights,
+            adamw=optimizers.adamw.state_dict(),
+            momentum=momentum,
+            averages=averages.averages,
+            samples=averages.samples,
+            generators=generators,
+            base=trainer.steps and trainer.base,
+            knob=trainer.steps and trainer.knob,
+            shards=[len(shard) for shard in trainer.shards],
+        )
         self.program.log("checkpoint", step=step)
         self.stop_if_asked()
         self.looping = not last
@@ -238,11 +279,14 @@ class Keeper:
         with open(artifact, "rb") as file:
             os.fsync(file.fileno())
         paths = dict(artifact=artifact, tokenizer=Path(self.s.tokenizer_path)) | {
-            f"shard {path.name}": path for path in sorted(Path(self.s.data_path).glob("fineweb_val_*.bin"))}
+            f"shard {path.name}": path for path in sorted(Path(self.s.data_path).glob("fineweb_val_*.bin"))
+        }
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
     def save_scoring(self, **state: Any) -> None:
-        self.save(phase="scoring", scores=dict(self.scores), seconds=dict(self.seconds), inputs=self.inputs, **state)
+        self.save(
+            phase="scoring", scores=dict(self.scores), seconds=dict(self.seconds), inputs=self.inputs, **state
+        )
 
     def lap(self) -> None:
         """Add the time since the last call to the present stage's."""
@@ -283,8 +327,13 @@ class Keeper:
         if self.looping and self.due(len(records)):
             self.lap()
             sums, epochs = zip(*records)
-            self.save_scoring(sums=torch.stack(sums), epochs=list(epochs), weights=learner.weights, past=learner.past,
-                              sgd=learner.sgd and learner.sgd.state_dict())
+            self.save_scoring(
+                sums=torch.stack(sums),
+                epochs=list(epochs),
+                weights=learner.weights,
+                past=learner.past,
+                sgd=learner.sgd and learner.sgd.state_dict(),
+            )
             self.program.log("checkpoint", chunk=len(records))
             self.stop_if_asked()
 

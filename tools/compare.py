@@ -4,6 +4,7 @@
 
 Any log with an exact score does, also one of the challenge's scripts; the last score in it counts.
 """
+
 import argparse
 import math
 import statistics
@@ -19,7 +20,9 @@ from runlog import final_score, latest, read_events  # noqa: E402
 from train_gpt import RunError  # noqa: E402
 
 LEVEL = 0.01  # p-value below which a difference counts
-SAME_TEXT = 1e-4  # relative difference of nats per token over bits per byte that rounding and a cut end explain
+SAME_TEXT = (
+    1e-4  # relative difference of nats per token over bits per byte that rounding and a cut end explain
+)
 
 
 class Score(NamedTuple):
@@ -36,7 +39,9 @@ def read_score(path: Path) -> Score:
     if not (loss > 0 and bpb > 0):
         raise RunError(f"{path}: its last score, val_loss {loss} and val_bpb {bpb}, is not above 0")
     events = read_events(path)
-    return Score(path, latest(events, "stage")["stage"], loss, bpb, latest(events, "data").get("validation_tokens"))
+    return Score(
+        path, latest(events, "stage")["stage"], loss, bpb, latest(events, "data").get("validation_tokens")
+    )
 
 
 def check_text(scores: list[Score]) -> None:
@@ -48,16 +53,21 @@ def check_text(scores: list[Score]) -> None:
             raise RunError(f"{score.path}: given twice, which is not a second run")
         paths.add(score.path.resolve())
         if None not in (score.tokens, first.tokens) and score.tokens != first.tokens:
-            raise RunError(f"{score.path}: scored on {score.tokens} tokens, but {first.path} on {first.tokens}; "
-                           "such losses cannot be compared")
+            raise RunError(
+                f"{score.path}: scored on {score.tokens} tokens, but {first.path} on {first.tokens}; "
+                "such losses cannot be compared"
+            )
         ratio, other = score.val_loss / score.val_bpb, first.val_loss / first.val_bpb
         if abs(ratio / other - 1) > SAME_TEXT:
-            raise RunError(f"{score.path}: {ratio / math.log(2):.5f} bytes per token, but {other / math.log(2):.5f} in "
-                           f"{first.path}: another text or tokenizer; such losses cannot be compared")
+            raise RunError(
+                f"{score.path}: {ratio / math.log(2):.5f} bytes per token, but {other / math.log(2):.5f} in "
+                f"{first.path}: another text or tokenizer; such losses cannot be compared"
+            )
 
 
 class Welch(NamedTuple):
     """Welch's one-sided test that the mean of a is more than `margin` below that of b."""
+
     t: float
     freedom: float  # degrees of freedom
     p: float  # chance of such a t or a larger one if a is only `margin` better
@@ -66,15 +76,18 @@ class Welch(NamedTuple):
 def freedom(variance_a: float, n_a: int, variance_b: float, n_b: int) -> float:
     """Degrees of freedom of the difference of two means, by Welch and Satterthwaite (Biometrika 34, 1947)."""
     a, b = variance_a / n_a, variance_b / n_b
-    return (a + b) ** 2 / (a ** 2 / (n_a - 1) + b ** 2 / (n_b - 1))
+    return (a + b) ** 2 / (a**2 / (n_a - 1) + b**2 / (n_b - 1))
 
 
 def welch(a: list[float], b: list[float], margin: float) -> Welch:
     """Needs two values on each side and some spread."""
     mean_b, *rest = [f(side) for side in (b, a) for f in (statistics.mean, statistics.stdev, len)]
     result = stats.ttest_ind_from_stats(mean_b - margin, *rest, equal_var=False, alternative="greater")
-    return Welch(float(result.statistic), freedom(statistics.variance(a), len(a), statistics.variance(b), len(b)),
-                 float(result.pvalue))
+    return Welch(
+        float(result.statistic),
+        freedom(statistics.variance(a), len(a), statistics.variance(b), len(b)),
+        float(result.pvalue),
+    )
 
 
 def seeds_needed(difference: float, variance_a: float, variance_b: float, margin: float) -> int | None:
@@ -102,41 +115,73 @@ def report(a: list[Score], b: list[Score], margin: float) -> str:
     check_text(a + b)
     rows = []
     for side, scores in (("A", a), ("B", b)):
-        rows += [[side, str(score.path), score.stage, f"{score.val_loss:.6f}", f"{score.val_bpb:.6f}"] for score in scores]
+        rows += [
+            [side, str(score.path), score.stage, f"{score.val_loss:.6f}", f"{score.val_bpb:.6f}"]
+            for score in scores
+        ]
         values = [[score.val_loss for score in scores], [score.val_bpb for score in scores]]
         rows.append([side, f"mean of {len(scores)}", "", *(f"{statistics.mean(v):.6f}" for v in values)])
         if len(scores) > 1:
             rows.append([side, "standard deviation", "", *(f"{statistics.stdev(v):.6f}" for v in values)])
     losses = [[score.val_loss for score in scores] for scores in (a, b)]
-    difference, bpb = (statistics.mean(getattr(score, name) for score in b)
-                       - statistics.mean(getattr(score, name) for score in a) for name in ("val_loss", "val_bpb"))
-    lines = [table(["side", "run", "stage", "val_loss (nats)", "val_bpb"], rows, right=2), "",
-             f"B - A: {difference:+.6f} nats, {bpb:+.6f} bpb (above 0: A is better)"]
+    difference, bpb = (
+        statistics.mean(getattr(score, name) for score in b)
+        - statistics.mean(getattr(score, name) for score in a)
+        for name in ("val_loss", "val_bpb")
+    )
+    lines = [
+        table(["side", "run", "stage", "val_loss (nats)", "val_bpb"], rows, right=2),
+        "",
+        f"B - A: {difference:+.6f} nats, {bpb:+.6f} bpb (above 0: A is better)",
+    ]
     if len({score.stage for score in a + b}) > 1:
         lines.append("warning: the last scores are of different stages")
     if min(len(a), len(b)) < 2:
         return "\n".join([*lines, "no test: it needs two runs or more on each side"])
     if all(min(side) == max(side) for side in losses):
-        return "\n".join([*lines, "no test: the runs of each side are alike to the last digit; give runs with different seeds"])
+        return "\n".join(
+            [
+                *lines,
+                "no test: the runs of each side are alike to the last digit; give runs with different seeds",
+            ]
+        )
     test = welch(*losses, margin)
     needed = seeds_needed(difference, *map(statistics.variance, losses), margin)
-    return "\n".join([
-        *lines, f"A is better by more than {margin:g} nats: p = {test.p:.4g} (Welch's one-sided t-test, t = {test.t:.3f}, "
-                f"{test.freedom:.2f} degrees of freedom)" + (f", below {LEVEL}" if test.p < LEVEL else ""),
-        f"seeds on each side for p < {LEVEL} at this difference and spread: "
-        + (str(needed) if needed else f"no number would do, as the difference is not above {margin:g} nats")])
+    return "\n".join(
+        [
+            *lines,
+            f"A is better by more than {margin:g} nats: p = {test.p:.4g} (Welch's one-sided t-test, t = {test.t:.3f}, "
+            f"{test.freedom:.2f} degrees of freedom)" + (f", below {LEVEL}" if test.p < LEVEL else ""),
+            f"seeds on each side for p < {LEVEL} at this difference and spread: "
+            + (
+                str(needed)
+                if needed
+                else f"no number would do, as the difference is not above {margin:g} nats"
+            ),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare two sets of runs by their final losses.")
     parser.add_argument("a", nargs="+", type=Path, metavar="A", help="log of a run that may be better")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="B", help="log of a run to beat")
-    parser.add_argument("--margin", type=float, default=0.005, help="nats per token to be better by (%(default)s)")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, required=True, metavar="B", help="log of a run to beat"
+    )
+    parser.add_argument(
+        "--margin", type=float, default=0.005, help="nats per token to be better by (%(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         if not 0 <= args.margin < math.inf:
             raise RunError(f"--margin {args.margin:g}: must be 0 or above")
-        print(report([read_score(path) for path in args.a], [read_score(path) for path in args.against], args.margin))
+        print(
+            report(
+                [read_score(path) for path in args.a],
+                [read_score(path) for path in args.against],
+                args.margin,
+            )
+        )
     except RunError as e:
         sys.exit(f"error: {e}")
 

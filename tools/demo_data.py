@@ -6,6 +6,7 @@ The documents are the standard library's modules, Python's documentation topics 
 C. They are put in order of their SHA-256; the first are for validation, the rest for training. A SentencePiece BPE
 tokenizer of 1,024 tokens is trained on the training part. The same Python version gives the same data.
 """
+
 import argparse
 import hashlib
 import importlib
@@ -72,7 +73,12 @@ def c_docstrings() -> Iterator[str]:
         if inspect.ismodule(thing) or inspect.isclass(thing):
             for key, value in sorted(vars(thing).items()):
                 method = inspect.isroutine(value) and not inspect.isfunction(value)
-                if method or inspect.isdatadescriptor(value) or inspect.isclass(value) and inspect.ismodule(thing):
+                if (
+                    method
+                    or inspect.isdatadescriptor(value)
+                    or inspect.isclass(value)
+                    and inspect.ismodule(thing)
+                ):
                     yield from entries(f"{name}.{key}", value)
 
     for name in sorted(sys.stdlib_module_names - SKIPPED_MODULES):
@@ -113,8 +119,10 @@ def split_by_hash(texts: list[str], val_bytes: int) -> tuple[list[str], list[str
         size += len(texts[count].encode())
         count += 1
     if not 0 < count < len(texts):
-        raise RunError(f"--val-bytes {val_bytes}: must be more than 0 and leave some of the {size_of(texts):,} bytes "
-                       "to train on")
+        raise RunError(
+            f"--val-bytes {val_bytes}: must be more than 0 and leave some of the {size_of(texts):,} bytes "
+            "to train on"
+        )
     return texts[:count], texts[count:]
 
 
@@ -122,25 +130,48 @@ def train_tokenizer(texts: list[str]) -> bytes:
     """A SentencePiece BPE model with FineWeb's special ids. What it decodes is what was encoded, whitespace included."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE, byte_fallback=True,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=2**30, num_threads=2, minloglevel=2)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        max_sentence_length=2**30,
+        num_threads=2,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
 def gather(say=print) -> list[str]:
     """All documents, each text once. Raises RunError if this Python carries less than MIN_BYTES of text."""
     texts = []
-    for kind, source in (("module sources", module_sources), ("documentation topics", documentation_topics),
-                         ("modules' docstrings", c_docstrings)):
+    for kind, source in (
+        ("module sources", module_sources),
+        ("documentation topics", documentation_topics),
+        ("modules' docstrings", c_docstrings),
+    ):
         # SentencePiece writes a space as U+2581, so that it cannot tell the two apart.
         found = [text for text in source() if text.strip() and "\u2581" not in text]
-        say(f"found {len(found)} {kind}, {size_of(found):,} bytes" if found else f"found no {kind} in this Python")
+        say(
+            f"found {len(found)} {kind}, {size_of(found):,} bytes"
+            if found
+            else f"found no {kind} in this Python"
+        )
         texts += found
     texts = without_repeats(texts)
     if size_of(texts) < MIN_BYTES:
-        raise RunError(f"Python {sys.version.split()[0]} carries {size_of(texts):,} bytes of text, fewer than {MIN_BYTES:,}; "
-                       "install one that has the sources of its standard library")
+        raise RunError(
+            f"Python {sys.version.split()[0]} carries {size_of(texts):,} bytes of text, fewer than {MIN_BYTES:,}; "
+            "install one that has the sources of its standard library"
+        )
     return texts
 
 
@@ -153,7 +184,9 @@ def build(texts: list[str], folder: Path, val_bytes: int = VAL_BYTES, say=print)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     for split, documents in (("val", val), ("train", train)):
         tokens, size = write_shards(documents, tokenizer, folder, split), size_of(documents)
-        say(f"{split}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens, {size / tokens:.3f} bytes per token")
+        say(
+            f"{split}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens, {size / tokens:.3f} bytes per token"
+        )
 
 
 def demo_data(out: Path, val_bytes: int, force: bool) -> None:
@@ -165,7 +198,9 @@ def demo_data(out: Path, val_bytes: int, force: bool) -> None:
 
     present = {path.name for path in out.iterdir()} if out.exists() else set()
     if present - set(FILES):
-        raise RunError(f"{out}: holds {min(present - set(FILES))}, which is no demo data; choose another --out")
+        raise RunError(
+            f"{out}: holds {min(present - set(FILES))}, which is no demo data; choose another --out"
+        )
     if present == set(FILES) and not force:
         say(f"{out} is complete already; --force builds it again")
         return
@@ -183,7 +218,9 @@ def demo_data(out: Path, val_bytes: int, force: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build a small data set from text that comes with Python.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer and the shards")
-    parser.add_argument("--val-bytes", type=int, default=VAL_BYTES, help="bytes of text for validation (%(default)s)")
+    parser.add_argument(
+        "--val-bytes", type=int, default=VAL_BYTES, help="bytes of text for validation (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="build the data again even if they are there")
     args = parser.parse_args(argv)
     try:

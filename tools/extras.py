@@ -4,6 +4,7 @@ audit, and a watch over the ranks. train_gpt.py says by notify() where it is; no
 logs/RUN_ID.jsonl gets a JSON object a line: `event` (its name), `time` (seconds since the start) and the event's own values;
 README.md lists them.
 """
+
 import hashlib
 import json
 import math
@@ -59,15 +60,26 @@ class Progress:
         if stage != self.stage or done < self.done:
             self.close()
             self.stage, self.start, self.last, self.first = stage, now, now, done
-            self.bar = self.bars and self.bars(total=1, desc=stage, leave=False, file=sys.stderr,
-                                               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+            self.bar = self.bars and self.bars(
+                total=1,
+                desc=stage,
+                leave=False,
+                file=sys.stderr,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            )
         self.done = done
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
         elif now > self.last + 10 and done > self.first:
             self.last = now
             left = (now - self.start) * (1 - done) / (done - self.first)
-            program.log("progress", "progress: {stage} {done:.0%}, {left:.0f} s left", stage=stage, done=done, left=left)
+            program.log(
+                "progress",
+                "progress: {stage} {done:.0%}, {left:.0f} s left",
+                stage=stage,
+                done=done,
+                left=left,
+            )
         if done >= 1:
             self.close()
 
@@ -94,8 +106,13 @@ class Watch:
 
     def connect(self) -> dist.TCPStore:
         """A connection of its own: the main thread may block on another."""
-        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                             wait_for_workers=False, timeout=timedelta(seconds=20))
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=20),
+        )
 
     def key(self, name: object) -> str:
         return f"watch/{self.attempt}/{name}"
@@ -212,7 +229,11 @@ class Extras:
         left = (s.iterations - values["step"]) * values["step_avg"] / 1000
         if s.max_wallclock_seconds:
             left = min(left, max(s.max_wallclock_seconds - elapsed, 0))
-        values |= {"tokens_per_second": s.train_batch_tokens * values["step"] / elapsed, "memory": peak_memory(), "left": left}
+        values |= {
+            "tokens_per_second": s.train_batch_tokens * values["step"] / elapsed,
+            "memory": peak_memory(),
+            "left": left,
+        }
         return " tokens/s:{tokens_per_second:.0f} memory:{memory:.0f}MiB left:{left:.0f}s".format_map(values)
 
     def add_to_machine(self, values: dict) -> None:
@@ -276,7 +297,9 @@ class Extras:
         finite = self.program.all_reduce(optimizers.norms.clone()).isfinite().tolist()
         if not math.isfinite(loss):
             return ", first in the loss"
-        return next((f", first in the gradient of {names[id(p)]}" for p, good in zip(params, finite) if not good), "")
+        return next(
+            (f", first in the gradient of {names[id(p)]}" for p, good in zip(params, finite) if not good), ""
+        )
 
     def scoring(self, artifact: Path, tokenizer: Any) -> float:
         """Scoring begins; the seconds it took before the run was resumed."""
@@ -295,13 +318,22 @@ class Extras:
         if self.program and not math.isfinite(score.nats):
             weights = self.learner.model.named_parameters() if self.learner else ()
             where = next((f", first in {weight}" for weight, w in weights if not w.isfinite().all()), "")
-            raise self.program.RunError(f"{name}: the loss is {score.nats}{where}; lower TTT_LR or the learning rates")
+            raise self.program.RunError(
+                f"{name}: the loss is {score.nats}{where}; lower TTT_LR or the learning rates"
+            )
         if self.auditor and self.begun:
             self.auditor.stage(name, score)
         if self.program:
-            self.eval_time = 1000 * (time.perf_counter() - self.began + (self.keeper.spent(name) if self.keeper else 0))
-            self.program.log("took", "{stage} eval_time:{ms:.0f}ms, peak memory {memory:.0f} MiB", stage=name,
-                             ms=self.eval_time, memory=peak_memory())
+            self.eval_time = 1000 * (
+                time.perf_counter() - self.began + (self.keeper.spent(name) if self.keeper else 0)
+            )
+            self.program.log(
+                "took",
+                "{stage} eval_time:{ms:.0f}ms, peak memory {memory:.0f} MiB",
+                stage=name,
+                ms=self.eval_time,
+                memory=peak_memory(),
+            )
         if self.keeper:
             self.keeper.stage(name, score)
         if name == "averaged":

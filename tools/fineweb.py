@@ -7,6 +7,7 @@ Needs `pip install huggingface_hub`, which takes a mirror from HF_ENDPOINT and a
 final name only when it is complete and valid, and is not downloaded again after that: to go on after an interruption,
 run the same command again.
 """
+
 import argparse
 import json
 import os
@@ -45,7 +46,9 @@ def choose_shards(paths: Iterable[str], variant: str) -> tuple[list[str], list[s
     """
     folder = f"{REMOTE}datasets/fineweb10B_{variant}/"
     if not any(path.startswith(folder) for path in paths):
-        known = {found[1] for path in paths if (found := re.match(rf"{REMOTE}datasets/fineweb10B_([^/]+)/", path))}
+        known = {
+            found[1] for path in paths if (found := re.match(rf"{REMOTE}datasets/fineweb10B_([^/]+)/", path))
+        }
         raise RunError(f"no variant {variant!r}; available: {', '.join(sorted(known)) or 'none'}")
     train = sorted(path for path in paths if fnmatchcase(path, f"{folder}fineweb_train_*.bin"))
     val = sorted(path for path in paths if fnmatchcase(path, f"{folder}fineweb_val_*.bin"))
@@ -64,13 +67,18 @@ def choose_tokenizer(paths: Iterable[str], variant: str, manifest: str) -> str:
     with suppress(ValueError):
         json.loads(manifest, object_hook=lambda item: entries.update({str(item.get("name")): item}) or item)
     entry = entries.get(f"fineweb10B_{variant}", {})
-    related = [entry, *(entries[value] for value in entry.values() if isinstance(value, str) and value in entries)]
+    related = [
+        entry,
+        *(entries[value] for value in entry.values() if isinstance(value, str) and value in entries),
+    ]
     listed = re.findall(r'([^"/]+\.model)"', json.dumps(related))
     models = {path.rpartition("/")[2]: path for path in paths if path.endswith(".model")}
     for name in [*listed, f"fineweb_{variant.removeprefix('sp')}_bpe.model"]:
         if name in models:
             return models[name]
-    raise RunError(f"no SentencePiece model is published for variant {variant!r}, only {', '.join(models) or 'none'}")
+    raise RunError(
+        f"no SentencePiece model is published for variant {variant!r}, only {', '.join(models) or 'none'}"
+    )
 
 
 def read_catalog(api, source: dict) -> tuple[dict[str, int], str, dict]:
@@ -108,8 +116,11 @@ def fetch(api, source: dict, remote: str, size: int, target: Path) -> None:
     """
     for attempt in range(2):
         with one_line_errors(f"download {target.name}", api.endpoint):
-            staged = Path(api.hf_hub_download(filename=remote, local_dir=target.parent / STAGING,
-                                              force_download=attempt > 0, **source))
+            staged = Path(
+                api.hf_hub_download(
+                    filename=remote, local_dir=target.parent / STAGING, force_download=attempt > 0, **source
+                )
+            )
         damage = fault(staged, size)
         if not damage:
             staged.replace(target)
@@ -134,8 +145,13 @@ def download(api, source: dict, variant: str, train_shards: int, out: Path) -> t
     folder.mkdir(parents=True, exist_ok=True)
     total, free = sum(sizes[remote] for remote in missing), shutil.disk_usage(folder).free
     if total > free:
-        raise RunError(f"{total / 1e9:.2f} GB to download, {free / 1e9:.2f} GB free in {out}: lower --train-shards")
-    print(f"{len(targets) - len(missing)} of {len(targets)} files present, {total / 1e9:.2f} GB to go", flush=True)
+        raise RunError(
+            f"{total / 1e9:.2f} GB to download, {free / 1e9:.2f} GB free in {out}: lower --train-shards"
+        )
+    print(
+        f"{len(targets) - len(missing)} of {len(targets)} files present, {total / 1e9:.2f} GB to go",
+        flush=True,
+    )
 
     start, done = time.perf_counter(), 0
     for count, remote in enumerate(missing, 1):
@@ -143,17 +159,26 @@ def download(api, source: dict, variant: str, train_shards: int, out: Path) -> t
         fetch(api, source, remote, size, targets[remote])
         end, done = time.perf_counter(), done + size
         rate, left = size / 1e6 / (end - begin), (end - start) * (total - done) / max(done, 1)
-        print(f"[{count}/{len(missing)}] {name} {size / 1e6:.1f} MB, {rate:.1f} MB/s, {left:.0f} s left", flush=True)
+        print(
+            f"[{count}/{len(missing)}] {name} {size / 1e6:.1f} MB, {rate:.1f} MB/s, {left:.0f} s left",
+            flush=True,
+        )
     for target in targets.values():
         shutil.rmtree(target.parent / STAGING, ignore_errors=True)
     return targets[tokenizer], len(train), len(val), sum(sizes[remote] for remote in targets)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", default="sp1024", help="tokenization (default sp1024)")
-    parser.add_argument("--train-shards", type=int, default=80, metavar="N", help="the first N, or 0 (default 80)")
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="destination (default ./data)")
+    parser.add_argument(
+        "--train-shards", type=int, default=80, metavar="N", help="the first N, or 0 (default 80)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data"), metavar="DIR", help="destination (default ./data)"
+    )
     parser.add_argument("--repo", default="willdepueoai/parameter-golf", help="dataset repository on the Hub")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
     args = parser.parse_args()
@@ -173,7 +198,11 @@ def main():
     except KeyboardInterrupt:
         sys.exit("error: interrupted; running again resumes")
     folder = args.out / "datasets" / f"fineweb10B_{args.variant}"
-    settings = {"DATA_PATH": folder, "TOKENIZER_PATH": tokenizer, "VOCAB_SIZE": args.variant.removeprefix("sp")}
+    settings = {
+        "DATA_PATH": folder,
+        "TOKENIZER_PATH": tokenizer,
+        "VOCAB_SIZE": args.variant.removeprefix("sp"),
+    }
     command = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
     print(f"{train} training and {val} validation shards, {size / 1e9:.2f} GB in {args.out}. To train:")
     print(f"{command} torchrun --standalone --nproc_per_node=gpu {os.path.relpath(ROOT / 'train_gpt.py')}")

@@ -4,6 +4,7 @@
 
 The settings are train_gpt.py's. FILE is for torch.load(weights_only=True): settings and tokenizer as in the artifact, weights.
 """
+
 import io
 import sys
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ A .txt file is one document; a .jsonl file has one document a line, under "text"
 are streamed, so they may be larger than memory, but no document may exceed MAX_DOCUMENT_BYTES. Every document is led by
 the BOS id. Shards cut the token stream wherever they are full, and appear together once all of them are complete.
 """
+
 import argparse
 import json
 import lzma
@@ -37,7 +38,9 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     except (OSError, RuntimeError) as e:
         raise RunError(f"tokenizer {path}: {getattr(e, 'strerror', 'not a SentencePiece model')}") from None
     if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
-        raise RunError(f"tokenizer {path}: {tokenizer.vocab_size()} tokens; a shard can hold {MAX_VOCAB_SIZE} at most")
+        raise RunError(
+            f"tokenizer {path}: {tokenizer.vocab_size()} tokens; a shard can hold {MAX_VOCAB_SIZE} at most"
+        )
     if tokenizer.bos_id() < 0:
         raise RunError(f"tokenizer {path}: has no BOS id, which has to lead every document")
     return tokenizer
@@ -97,8 +100,11 @@ class Progress:
         if now - self.last >= self.every:
             self.last, seconds = now, now - self.start
             left = seconds * (self.total_bytes / self.bytes_read - 1)
-            print(f"{self.split}: {documents:,} documents, {tokens:,} tokens, "
-                  f"{self.bytes_read / 1e6 / seconds:.1f} MB/s, {left:.0f} s left", flush=True)
+            print(
+                f"{self.split}: {documents:,} documents, {tokens:,} tokens, "
+                f"{self.bytes_read / 1e6 / seconds:.1f} MB/s, {left:.0f} s left",
+                flush=True,
+            )
 
 
 def take(documents: Iterator[str], chars: int) -> list[str]:
@@ -133,8 +139,14 @@ def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
         yield held
 
 
-def write_shards(documents: Iterable[str], tokenizer, out_dir: Path, split: str, shard_tokens: int = SHARD_TOKENS,
-                 progress=lambda documents, tokens: None) -> int:
+def write_shards(
+    documents: Iterable[str],
+    tokenizer,
+    out_dir: Path,
+    split: str,
+    shard_tokens: int = SHARD_TOKENS,
+    progress=lambda documents, tokens: None,
+) -> int:
     """Write out_dir/fineweb_SPLIT_%06d.bin with at most shard_tokens tokens each, and return the number of tokens.
 
     progress(documents, tokens) hears of every batch. Raises RunError if there are no documents.
@@ -167,7 +179,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS:
         raise RunError(f"--shard-tokens {args.shard_tokens}: allowed are 1 to {MAX_SHARD_TOKENS}")
     if find_shards(args.out) and not args.force:
-        raise RunError(f"{args.out}: holds shards already; choose another --out, or replace them with --force")
+        raise RunError(
+            f"{args.out}: holds shards already; choose another --out, or replace them with --force"
+        )
 
 
 def make_shards(args: argparse.Namespace) -> None:
@@ -177,7 +191,9 @@ def make_shards(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=args.out) as unfinished:
         for split, paths in zip(SPLITS, (args.val, args.train)):
             progress = Progress(split, paths)
-            tokens = write_shards(progress.documents(), tokenizer, unfinished, split, args.shard_tokens, progress)
+            tokens = write_shards(
+                progress.documents(), tokenizer, unfinished, split, args.shard_tokens, progress
+            )
             print(f"{split}: {tokens:,} tokens in {time.perf_counter() - progress.start:.1f} s", flush=True)
         for path in find_shards(args.out):
             path.unlink()
@@ -192,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--val", type=Path, nargs="+", required=True, metavar="FILE", help="validation text")
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="training text")
-    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in a shard (%(default)s)")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in a shard (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace the shards in the folder")
     try:
         make_shards(parser.parse_args(argv))

@@ -7,6 +7,7 @@ score from logs/bench_eval.json by tools/bench_eval.py.
 
 A part stands between the lines `<!-- generated: settings -->`, or demo, speed, quantizers or scoring, and `<!-- end -->`.
 """
+
 import argparse
 import json
 import os
@@ -20,8 +21,15 @@ from runlog import RunLog, read_log  # noqa: E402
 from train_gpt import FIELDS, RunError, allowed, show, write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = dict(DATA_PATH="data", RUN_ID="run", NUM_LAYERS="model", MATRIX_LR="optimizer", EMA_ENABLED="averaging, QAT",
-              EVAL_SEQ_LEN="evaluation", TTT_ENABLED="test-time training")  # first settings of groups, and their titles
+GROUPS = dict(
+    DATA_PATH="data",
+    RUN_ID="run",
+    NUM_LAYERS="model",
+    MATRIX_LR="optimizer",
+    EMA_ENABLED="averaging, QAT",
+    EVAL_SEQ_LEN="evaluation",
+    TTT_ENABLED="test-time training",
+)  # first settings of groups, and their titles
 NOT_MEASURED = "not measured"
 AVERAGES = dict(raw="raw: the last step's", ema="EMA", swa="SWA")
 
@@ -31,9 +39,18 @@ def table(header: list[str], rows: list[list[str]], right: int = 0) -> str:
     cells = [[cell.replace("|", r"\|") for cell in row] for row in [header, *rows]]
     widths = [max(3, *map(len, column)) for column in zip(*cells)]
     left = len(header) - right
-    lines = ["| " + " | ".join(cell.ljust(width) if i < left else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells]
-    rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        + " |"
+        for row in cells
+    ]
+    rule = "|".join(
+        "-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)
+    )
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
@@ -49,32 +66,53 @@ def settings_part() -> str:
         group = groups.setdefault(GROUPS[name], []) if name in GROUPS else group
         default = show(f.default)
         group.append([f"`{name}`", f"`{default}`" if default else "empty", allowed(f), code(f.help)])
-    return "\n\n".join(f"**{title[0].upper()}{title[1:]}**\n\n" + table(["setting", "default", "allowed", "meaning"], rows)
-                       for title, rows in groups.items())
+    return "\n\n".join(
+        f"**{title[0].upper()}{title[1:]}**\n\n" + table(["setting", "default", "allowed", "meaning"], rows)
+        for title, rows in groups.items()
+    )
 
 
 def demo_part(log: RunLog) -> str:
     """The scores of a run stage by stage. Changes are differences of the rounded scores, so that the columns agree."""
     s, training = log.settings, log.stages["training"]
-    titles = dict(training="end of training", averaged=f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
-                  roundtrip="artifact, read back", sliding=f"sliding windows, stride {s['EVAL_STRIDE']}",
-                  streaming="streaming, each position once", ttt="score-first TTT")
+    titles = dict(
+        training="end of training",
+        averaged=f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
+        roundtrip="artifact, read back",
+        sliding=f"sliding windows, stride {s['EVAL_STRIDE']}",
+        streaming="streaming, each position once",
+        ttt="score-first TTT",
+    )
     rows, before = [], None
     for name, stage in log.stages.items():
         bpb = round(stage.val_bpb, 4)
         change = "" if before is None else f"{bpb - before:+.4f}"
-        rows.append([titles[name], f"{bpb:.4f}", re.sub("[+-](0.0000)", r"\1", change), f"{stage.seconds:.1f}",
-                     f"{stage.peak_mib:,}"])
+        rows.append(
+            [
+                titles[name],
+                f"{bpb:.4f}",
+                re.sub("[+-](0.0000)", r"\1", change),
+                f"{stage.seconds:.1f}",
+                f"{stage.peak_mib:,}",
+            ]
+        )
         before = bpb
     tokens = int(s["TRAIN_BATCH_TOKENS"])
     speed = f" at {log.steps * tokens / training.seconds:,.0f} tokens per second" if training.seconds else ""
     header = ["stage", "val_bpb", "change", "seconds", "peak memory (MiB)"]
-    return table(header, rows, right=4) + "\n\n" + "\n".join([
-        f"{log.steps:,} steps of {tokens:,} tokens{speed}, on {log.hardware}, torch {log.torch}, Python {log.python}.",
-        f"The model has {log.parameters:,} parameters; the submission takes {log.bytes_total:,} bytes, {log.bytes_code:,} "
-        "of them code.",
-        "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the averages;",
-        "peak memory is the first process's since its start."])
+    return (
+        table(header, rows, right=4)
+        + "\n\n"
+        + "\n".join(
+            [
+                f"{log.steps:,} steps of {tokens:,} tokens{speed}, on {log.hardware}, torch {log.torch}, Python {log.python}.",
+                f"The model has {log.parameters:,} parameters; the submission takes {log.bytes_total:,} bytes, {log.bytes_code:,} "
+                "of them code.",
+                "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the averages;",
+                "peak memory is the first process's since its start.",
+            ]
+        )
+    )
 
 
 def bench_results(folder: Path) -> list[dict]:
@@ -88,7 +126,9 @@ def bench_results(folder: Path) -> list[dict]:
                     break  # the events of a run
                 results += [found] if speed_row(found) or found["bench"] else []
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise RunError(f"{path}, line {number}: no figures of tools/bench.py; measure again") from None
+                raise RunError(
+                    f"{path}, line {number}: no figures of tools/bench.py; measure again"
+                ) from None
     return results
 
 
@@ -113,12 +153,29 @@ def speed_part(results: list[dict]) -> str:
     for (machine, attention), found in sorted(fastest.items()):
         train, score, ttt = (found.get(name) for name in ("train", "score", "ttt"))
         step = train and 1000 * 786_432 * train["processes"] / train["tokens_per_second"]
-        cells = (train and f"{step:,.1f}", train and f"{train['tokens_per_second']:,.0f}",
-                 train and f"{train['share_of_peak']:.1%}", score and f"{score['tokens_per_second']:,.0f}",
-                 ttt and f"{ttt['seconds_per_million_tokens']:.2f}", train and f"{train['peak_memory_mib']:,}")
+        cells = (
+            train and f"{step:,.1f}",
+            train and f"{train['tokens_per_second']:,.0f}",
+            train and f"{train['share_of_peak']:.1%}",
+            score and f"{score['tokens_per_second']:,.0f}",
+            ttt and f"{ttt['seconds_per_million_tokens']:.2f}",
+            train and f"{train['peak_memory_mib']:,}",
+        )
         rows.append([machine, attention, *(cell or NOT_MEASURED for cell in cells)])
-    return table(["machine", "attention kernel", "ms per 786,432-token step per GPU", "tokens/s", "share of peak",
-                  "scoring tokens/s", "TTT seconds per million tokens", "peak memory (MiB)"], rows, right=6)
+    return table(
+        [
+            "machine",
+            "attention kernel",
+            "ms per 786,432-token step per GPU",
+            "tokens/s",
+            "share of peak",
+            "scoring tokens/s",
+            "TTT seconds per million tokens",
+            "peak memory (MiB)",
+        ],
+        rows,
+        right=6,
+    )
 
 
 def quantizers_part(path: Path) -> str:
@@ -132,14 +189,34 @@ def quantizers_part(path: Path) -> str:
                 best += [point]
             elif group["bytes"] < point["bytes"] or point["bytes"] < 0.99 * group["bytes"]:
                 continue  # beyond the last size of the record's
-            rows.append([f"`{point['method']}`", f"{point['bytes']:,}", f"{point['gap']:+.5f} ± {point['gap_error']:.5f}",
-                         f"{point['kl']:.5f}", f"{point['kl'] / record['kl']:.3f}"])
+            rows.append(
+                [
+                    f"`{point['method']}`",
+                    f"{point['bytes']:,}",
+                    f"{point['gap']:+.5f} ± {point['gap_error']:.5f}",
+                    f"{point['kl']:.5f}",
+                    f"{point['kl'] / record['kl']:.3f}",
+                ]
+            )
         saved = [f"{point['saved_at_kl']:.1%}" for point in best if point["saved_at_kl"] is not None]
-        return "\n".join([
-            table(["stored as", "bytes", "loss above the unrounded weights' (nats per token)", "KL from them (nats per token)",
-                   "of `rtn+lzma`'s"], rows, right=4), "",
-            f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is {found['loss']:.4f}. Where it "
-            f"loses as much (by KL), `gptq+ans` takes {' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`."])
+        return "\n".join(
+            [
+                table(
+                    [
+                        "stored as",
+                        "bytes",
+                        "loss above the unrounded weights' (nats per token)",
+                        "KL from them (nats per token)",
+                        "of `rtn+lzma`'s",
+                    ],
+                    rows,
+                    right=4,
+                ),
+                "",
+                f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is {found['loss']:.4f}. Where it "
+                f"loses as much (by KL), `gptq+ans` takes {' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`.",
+            ]
+        )
     except (ValueError, KeyError, TypeError) as e:
         raise RunError(f"{path}: no figures of tools/quant_report.py ({e}); measure again") from None
 
@@ -157,50 +234,96 @@ def scoring_report(found: dict) -> str:
     first, rows = found["rows"][0], []
     for row in found["rows"]:
         seconds = statistics.median(row["seconds"])
-        rows.append([row["mode"], " ".join(f"`{word}`" for word in row["settings"].split()), f"{row['val_bpb']:.5f}",
-                     f"{row['val_bpb'] - first['val_bpb']:+.5f}", f"{seconds:.1f}", f"{row['tokens'] / seconds:,.0f}",
-                     f"{statistics.median(first['seconds']) / seconds:.2f}"])
+        rows.append(
+            [
+                row["mode"],
+                " ".join(f"`{word}`" for word in row["settings"].split()),
+                f"{row['val_bpb']:.5f}",
+                f"{row['val_bpb'] - first['val_bpb']:+.5f}",
+                f"{seconds:.1f}",
+                f"{row['tokens'] / seconds:,.0f}",
+                f"{statistics.median(first['seconds']) / seconds:.2f}",
+            ]
+        )
     header = ["mode", "settings", "val_bpb", "change", "seconds", "tokens/s", "speed"]
     times = len(first["seconds"])
-    return "\n".join([table(header, rows, right=5), "", f"On {first['tokens']:,} tokens, {found['machine']}, torch "
-                      f"{found['torch']}; seconds: {f'median of {times}, taking turns' if times > 1 else 'of one run'}."])
+    return "\n".join(
+        [
+            table(header, rows, right=5),
+            "",
+            f"On {first['tokens']:,} tokens, {found['machine']}, torch "
+            f"{found['torch']}; seconds: {f'median of {times}, taking turns' if times > 1 else 'of one run'}.",
+        ]
+    )
 
 
 def replace_part(text: str, name: str, body: str, path: Path) -> str:
     """Raises RunError unless the part's opening line is there once and an end follows it before another part opens."""
     opening = re.split(rf"^(<!-- generated: {name} -->\n)", text, flags=re.MULTILINE)
     if len(opening) != 3:
-        raise RunError(f"{path}: has the line `<!-- generated: {name} -->` {len(opening) // 2} times; it must have it once")
+        raise RunError(
+            f"{path}: has the line `<!-- generated: {name} -->` {len(opening) // 2} times; it must have it once"
+        )
     end = re.search(r"^<!-- (end|generated: \w+) -->$", opening[2], re.MULTILINE)
     if not end or end[1] != "end":
-        raise RunError(f"{path}: no line `<!-- end -->` closes the part `{name}`; add it where the part is to end")
-    return f"{opening[0]}{opening[1]}\n{body}\n\n{opening[2][end.start():]}"
+        raise RunError(
+            f"{path}: no line `<!-- end -->` closes the part `{name}`; add it where the part is to end"
+        )
+    return f"{opening[0]}{opening[1]}\n{body}\n\n{opening[2][end.start() :]}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the generated parts of README.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the file is not up to date")
-    parser.add_argument("--readme", type=Path, default=Path(os.path.relpath(ROOT / "README.md")),
-                        help="file to write (%(default)s)")
-    parser.add_argument("--log", type=Path, default=Path(os.path.relpath(ROOT / "logs/demo.txt")),
-                        help="log of the demo (%(default)s)")
-    parser.add_argument("--bench", type=Path, default=Path(os.path.relpath(ROOT / "logs")),
-                        help="folder of the figures of tools/bench.py (%(default)s)")
-    parser.add_argument("--quantizers", type=Path, default=Path(os.path.relpath(ROOT / "logs/quantizers.json")),
-                        help="figures of tools/quant_report.py (%(default)s)")
-    parser.add_argument("--scoring", type=Path, default=Path(os.path.relpath(ROOT / "logs/bench_eval.json")),
-                        help="figures of tools/bench_eval.py (%(default)s)")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if the file is not up to date"
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        default=Path(os.path.relpath(ROOT / "README.md")),
+        help="file to write (%(default)s)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        default=Path(os.path.relpath(ROOT / "logs/demo.txt")),
+        help="log of the demo (%(default)s)",
+    )
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        default=Path(os.path.relpath(ROOT / "logs")),
+        help="folder of the figures of tools/bench.py (%(default)s)",
+    )
+    parser.add_argument(
+        "--quantizers",
+        type=Path,
+        default=Path(os.path.relpath(ROOT / "logs/quantizers.json")),
+        help="figures of tools/quant_report.py (%(default)s)",
+    )
+    parser.add_argument(
+        "--scoring",
+        type=Path,
+        default=Path(os.path.relpath(ROOT / "logs/bench_eval.json")),
+        help="figures of tools/bench_eval.py (%(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
         old = new = args.readme.read_text("utf-8")
         stale = []
-        for name, body in (("settings", settings_part()), ("demo", demo_part(read_log(args.log))),
-                           ("speed", speed_part(bench_results(args.bench))),
-                           ("quantizers", quantizers_part(args.quantizers)), ("scoring", scoring_part(args.scoring))):
+        for name, body in (
+            ("settings", settings_part()),
+            ("demo", demo_part(read_log(args.log))),
+            ("speed", speed_part(bench_results(args.bench))),
+            ("quantizers", quantizers_part(args.quantizers)),
+            ("scoring", scoring_part(args.scoring)),
+        ):
             before, new = new, replace_part(new, name, body, args.readme)
             stale += [name] if new != before else []
         if args.check and stale:
-            raise RunError(f"{args.readme}: not up to date ({' and '.join(stale)}); run `python tools/readme.py`")
+            raise RunError(
+                f"{args.readme}: not up to date ({' and '.join(stale)}); run `python tools/readme.py`"
+            )
         if new != old:
             write_atomically(args.readme, new.encode())
     except (RunError, OSError) as e:

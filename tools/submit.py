@@ -7,6 +7,7 @@ is typed by hand.
 The folder OUT/TRACK/DATE_NAME holds train_gpt.py (out of the logs), README.md, submission.json, requirements.txt and the
 logs. What is missing or over a limit is refused, unless --non-record is given: then README.md and submission.json state it.
 """
+
 import argparse
 import datetime
 import hashlib
@@ -51,12 +52,18 @@ def read_run(path: Path) -> Run:
     if not log.source:
         raise RunError(f"{path}: the source is in the .txt of the run, which is not beside it")
     if f"val_bpb:{log.final.val_bpb:.8f}\n" not in text_of(path).read_text("utf-8"):
-        raise RunError(f"{text_of(path)}: lacks the last score of the .jsonl beside it, so it is cut or of another run")
+        raise RunError(
+            f"{text_of(path)}: lacks the last score of the .jsonl beside it, so it is cut or of another run"
+        )
     if lacking := [name for name in USED if name not in log.settings]:
         raise RunError(f"{path}: its settings lack {', '.join(lacking)}; run it again")
     try:
         audit = json.loads(beside.read_bytes())
-        if not isinstance(audit["violations"], list) or not isinstance(audit["hashes"], dict) or not audit["stages"]:
+        if (
+            not isinstance(audit["violations"], list)
+            or not isinstance(audit["hashes"], dict)
+            or not audit["stages"]
+        ):
             raise TypeError
     except FileNotFoundError:
         audit = None
@@ -85,10 +92,15 @@ def faults(runs: list[Run]) -> list[str]:
         if log.source_sha256 != first_log.source_sha256:
             found.append(f"{path}: of another train_gpt.py than {first}")
         mine, others = settings_run(log), settings_run(first_log)
-        found += [f"{path}: {name}={mine.get(name, '')}, but {first} has {name}={others.get(name, '')}"
-                  for name in sorted(mine.keys() | others.keys()) if mine.get(name) != others.get(name)]
-        for what, value, other in (("hardware", machine(log), machine(first_log)),
-                                   ("validation tokens", validation_tokens(log), validation_tokens(first_log))):
+        found += [
+            f"{path}: {name}={mine.get(name, '')}, but {first} has {name}={others.get(name, '')}"
+            for name in sorted(mine.keys() | others.keys())
+            if mine.get(name) != others.get(name)
+        ]
+        for what, value, other in (
+            ("hardware", machine(log), machine(first_log)),
+            ("validation tokens", validation_tokens(log), validation_tokens(first_log)),
+        ):
             if value != other:
                 found.append(f"{path}: {what}: {value}, but {other} in {first}")
         seed = log.settings["SEED"]
@@ -97,27 +109,38 @@ def faults(runs: list[Run]) -> list[str]:
         seeds.setdefault(seed, path)
         artifact = path.with_suffix(".bin")
         actual = dict(code=log.source_sha256) | (
-            dict(artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()) if artifact.exists() else {})
+            dict(artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()) if artifact.exists() else {}
+        )
         if audit:
-            found += [f"{path}: the audit beside it is of another {name} (SHA-256 {audit['hashes'].get(name)}, not {value})"
-                      for name, value in actual.items() if audit["hashes"].get(name) != value]
+            found += [
+                f"{path}: the audit beside it is of another {name} (SHA-256 {audit['hashes'].get(name)}, not {value})"
+                for name, value in actual.items()
+                if audit["hashes"].get(name) != value
+            ]
     return found
 
 
 def shortcomings(runs: list[Run], args: argparse.Namespace) -> list[str]:
     """What keeps the runs from being a record."""
-    found = [f"{option} is missing" for option, value in (("--author", args.author), ("--github-id", args.github_id))
-             if not value]
+    found = [
+        f"{option} is missing"
+        for option, value in (("--author", args.author), ("--github-id", args.github_id))
+        if not value
+    ]
     if len(args.logs) < SEEDS:
-        found.append(f"{len(args.logs)} seed{'s'[:len(args.logs) > 1]}, where {SEEDS} or more are needed")
+        found.append(f"{len(args.logs)} seed{'s'[: len(args.logs) > 1]}, where {SEEDS} or more are needed")
     for path, log, audit in runs:
         figures = results(log)
-        for what, value, limit, unit in (("training with calibration", figures["train_seconds"], SECONDS, " s"),
-                                         ("scoring", figures["eval_seconds"], SECONDS, " s"),
-                                         ("code and artifact", log.bytes_total, BYTES, " bytes")):
+        for what, value, limit, unit in (
+            ("training with calibration", figures["train_seconds"], SECONDS, " s"),
+            ("scoring", figures["eval_seconds"], SECONDS, " s"),
+            ("code and artifact", log.bytes_total, BYTES, " bytes"),
+        ):
             if value > limit:
-                found.append(f"{path.name}: {what} took {value:,}{unit}, {round(value - limit, 3):,} over the limit of "
-                             f"{limit:,}")
+                found.append(
+                    f"{path.name}: {what} took {value:,}{unit}, {round(value - limit, 3):,} over the limit of "
+                    f"{limit:,}"
+                )
         if log.settings.get("AUDIT") == "1" and audit is None:
             found.append(f"{path.name}: AUDIT=1, but {path.stem}.audit.json is not beside it")
         if audit and audit["violations"]:  # their text, as that of errors, may name places
@@ -148,8 +171,11 @@ def results(log: RunLog) -> dict[str, float]:
         steps=log.steps,
         ms_per_step=round(1000 * training.seconds / max(log.steps, 1), 3),
         train_seconds=round(training.seconds + averaged.seconds, 3),
-        eval_seconds=round(sum(stage.seconds for stage in scored) + latest(log.events, "compiled").get("took", 0), 3),
-        bytes_total=log.bytes_total)
+        eval_seconds=round(
+            sum(stage.seconds for stage in scored) + latest(log.events, "compiled").get("took", 0), 3
+        ),
+        bytes_total=log.bytes_total,
+    )
 
 
 def spread(values: list[float]) -> float | None:
@@ -168,9 +194,10 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
         "author": args.author,
         "github_id": args.github_id,
         "name": args.name,
-        "blurb": args.blurb or f"{steps} steps of {log.settings['TRAIN_BATCH_TOKENS']} tokens, weights quantized by "
-                               f"{log.settings.get('QUANTIZER', 'gptq')} and entropy-coded, "
-                               + ("score-first test-time training" if last == "ttt" else f"{last} scoring"),
+        "blurb": args.blurb
+        or f"{steps} steps of {log.settings['TRAIN_BATCH_TOKENS']} tokens, weights quantized by "
+        f"{log.settings.get('QUANTIZER', 'gptq')} and entropy-coded, "
+        + ("score-first test-time training" if last == "ttt" else f"{last} scoring"),
         "date": args.date,
         "track": args.track,
         **({"non_record": shortcomings(runs, args)} if args.non_record else {}),
@@ -179,13 +206,18 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
         "val_loss_std": spread(losses),
         "val_bpb_std": spread(bpbs),
         "seeds": [int(run.log.settings["SEED"]) for run in runs],
-        "seed_results": {run.log.settings["SEED"]: figure | {"log": name} for run, figure, name in zip(runs, figures, logs)},
+        "seed_results": {
+            run.log.settings["SEED"]: figure | {"log": name} for run, figure, name in zip(runs, figures, logs)
+        },
         "bytes_total": max(run.log.bytes_total for run in runs),
         "bytes_code": log.bytes_code,
         "hardware": log.hardware,
         "versions": {"torch": log.torch, "python": log.python, "attention": log.attention},
-        "data": args.data or f"{Path(log.settings['DATA_PATH']).name}, vocabulary of {log.settings['VOCAB_SIZE']} tokens",
-        "settings": {name: value for name, value in log.changed_settings.items() if name in settings_run(log)},
+        "data": args.data
+        or f"{Path(log.settings['DATA_PATH']).name}, vocabulary of {log.settings['VOCAB_SIZE']} tokens",
+        "settings": {
+            name: value for name, value in log.changed_settings.items() if name in settings_run(log)
+        },
         "source_sha256": log.source_sha256,
     }
 
@@ -199,43 +231,81 @@ def command(settings: dict[str, str], seed: int, hardware: str) -> str:
 def readme_text(s: dict) -> str:
     """README.md of the submission whose submission.json holds s."""
     columns = dict(  # of seed_results; digits after the point in README.md
-        steps=("steps", 0), ms_per_step=("ms a step", 2), val_bpb_before_quantization=("val_bpb before quantization", 5),
-        val_bpb_after_quantization=("after", 5), val_loss=("final val_loss", 5), val_bpb=("final val_bpb", 5),
-        bytes_total=("bytes", 0), train_seconds=("train s", 1), eval_seconds=("eval s", 1))
+        steps=("steps", 0),
+        ms_per_step=("ms a step", 2),
+        val_bpb_before_quantization=("val_bpb before quantization", 5),
+        val_bpb_after_quantization=("after", 5),
+        val_loss=("final val_loss", 5),
+        val_bpb=("final val_bpb", 5),
+        bytes_total=("bytes", 0),
+        train_seconds=("train s", 1),
+        eval_seconds=("eval s", 1),
+    )
     figures = s["seed_results"]
 
-    def row(title: str, value: Callable[[list[float]], float], names: Iterable[str], more: int = 0) -> list[str]:
-        return [title, *(f"{value([figures[name][column] for name in names]):,.{digits + more}f}"
-                         for column, (_, digits) in columns.items())]
+    def row(
+        title: str, value: Callable[[list[float]], float], names: Iterable[str], more: int = 0
+    ) -> list[str]:
+        return [
+            title,
+            *(
+                f"{value([figures[name][column] for name in names]):,.{digits + more}f}"
+                for column, (_, digits) in columns.items()
+            ),
+        ]
 
     rows = [row(seed, statistics.mean, [seed]) for seed in figures]
     several = len(rows) > 1
-    statistics_rows = [row("mean", statistics.mean, figures, 1), row("deviation", spread, figures, 1)] if several else []
+    statistics_rows = (
+        [row("mean", statistics.mean, figures, 1), row("deviation", spread, figures, 1)] if several else []
+    )
     versions, best = s["versions"], f"**val_bpb {s['val_bpb']:.5f}**"
     parts = [
         f"# {s['name']}",
         s["blurb"],
-        (f"{best}, mean of {len(rows)} seeds, standard deviation {s['val_bpb_std']:.6f}; the largest has " if several else
-         f"{best}, seed {s['seeds'][0]}; ")
+        (
+            f"{best}, mean of {len(rows)} seeds, standard deviation {s['val_bpb_std']:.6f}; the largest has "
+            if several
+            else f"{best}, seed {s['seeds'][0]}; "
+        )
         + f"{s['bytes_total']:,} bytes, {s['bytes_code']:,} of them code; the limit is {BYTES:,}.",
         f"{s['author'] or 'Author not named'}, {'GitHub: ' + s['github_id'] if s['github_id'] else 'no GitHub name'}, "
-        f"{s['date']}."]
+        f"{s['date']}.",
+    ]
     if "non_record" in s:
-        parts += ["## Not a record", "\n".join(f"- {reason}" for reason in s["non_record"])
-                  or "It keeps the limits and lacks nothing, but is not submitted as a record."]
+        parts += [
+            "## Not a record",
+            "\n".join(f"- {reason}" for reason in s["non_record"])
+            or "It keeps the limits and lacks nothing, but is not submitted as a record.",
+        ]
     parts += [
-        "## Results", table(["seed", *(title for title, _ in columns.values())], rows + statistics_rows, len(columns)),
+        "## Results",
+        table(["seed", *(title for title, _ in columns.values())], rows + statistics_rows, len(columns)),
         f"On {s['hardware']}, attention: {versions['attention']}, torch {versions['torch']}, Python {versions['python']}. "
         f"Data: {s['data']}.\n`train s` is training with averaging and calibration, `eval s` all scoring of the artifact; the "
         f"limit of each is {SECONDS} s." + ("\nThe deviation is the sample's (n - 1)." if several else ""),
-        "## Settings", ("Those that are not the defaults of `train_gpt.py`:\n\n"
-                        + table(["setting", "value"], [[f"`{name}`", f"`{value}`" if value else "empty"]
-                                                       for name, value in s["settings"].items()])
-                        if s["settings"] else "The defaults of `train_gpt.py`."),
-        "## Reproduce", "\n".join(["```", "pip install -r requirements.txt",
-                                   *(command(s["settings"], seed, s["hardware"]) for seed in s["seeds"]), "```"]),
+        "## Settings",
+        (
+            "Those that are not the defaults of `train_gpt.py`:\n\n"
+            + table(
+                ["setting", "value"],
+                [[f"`{name}`", f"`{value}`" if value else "empty"] for name, value in s["settings"].items()],
+            )
+            if s["settings"]
+            else "The defaults of `train_gpt.py`."
+        ),
+        "## Reproduce",
+        "\n".join(
+            [
+                "```",
+                "pip install -r requirements.txt",
+                *(command(s["settings"], seed, s["hardware"]) for seed in s["seeds"]),
+                "```",
+            ]
+        ),
         "`DATA_PATH` and `TOKENIZER_PATH` say where the data and the tokenizer are, if they are not where the defaults say.\n"
-        "Logs: " + ", ".join(f"[{figure['log']}]({figure['log']})" for figure in figures.values()) + "."]
+        "Logs: " + ", ".join(f"[{figure['log']}]({figure['log']})" for figure in figures.values()) + ".",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -248,23 +318,36 @@ def files_of(runs: list[Run], args: argparse.Namespace) -> dict[str, bytes]:
     """The files of a submission's folder by their names. Raises OSError."""
     stems = [f"train_seed{run.log.settings['SEED']}" for run in runs]
     s = describe(runs, [f"{stem}.txt" for stem in stems], args)
-    files = {"README.md": readme_text(s).encode(), "submission.json": json_bytes(s),
-             "train_gpt.py": runs[0].log.source.encode(), "requirements.txt": (ROOT / "requirements.txt").read_bytes()}
+    files = {
+        "README.md": readme_text(s).encode(),
+        "submission.json": json_bytes(s),
+        "train_gpt.py": runs[0].log.source.encode(),
+        "requirements.txt": (ROOT / "requirements.txt").read_bytes(),
+    }
     for run, stem in zip(runs, stems):
         files[f"{stem}.txt"] = text_of(run.path).read_bytes()
-        files |= {stem + suffix: run.path.with_suffix(suffix).read_bytes() for suffix in (".jsonl", ".audit.json")
-                  if run.path.with_suffix(suffix).exists()}
+        files |= {
+            stem + suffix: run.path.with_suffix(suffix).read_bytes()
+            for suffix in (".jsonl", ".audit.json")
+            if run.path.with_suffix(suffix).exists()
+        }
     return files
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Write all of the files or, if that fails, none. A folder of the same runs is replaced. Raises RunError, OSError."""
     if folder.exists():
-        old = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        old = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         for name in sorted((old.keys() | files.keys()) - DESCRIPTIONS):
             if old.get(name) != files.get(name):
-                raise RunError(f"{folder}: is there already, of another submission ({name} differs); give another --name or "
-                               "--date, or move it away")
+                raise RunError(
+                    f"{folder}: is there already, of another submission ({name} differs); give another --name or "
+                    "--date, or move it away"
+                )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".submit-", dir=folder.parent) as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
@@ -314,25 +397,43 @@ def checked_runs(args: argparse.Namespace) -> list[Run]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Check the logs of runs and write the folder of a submission from them.")
+    parser = argparse.ArgumentParser(
+        description="Check the logs of runs and write the folder of a submission from them."
+    )
     parser.add_argument("logs", nargs="+", type=Path, metavar="log", help="logs/RUN_ID.txt of a finished run")
     parser.add_argument("--name", required=True, help="title of the submission")
     parser.add_argument("--author", default="", help="who submits")
     parser.add_argument("--github-id", default="", help="the author's name on GitHub")
-    parser.add_argument("--blurb", default="", help="the submission in a sentence (steps, quantizer and scoring)")
-    parser.add_argument("--date", default=str(datetime.date.today()), help="day of the runs, YYYY-MM-DD (today)")
-    parser.add_argument("--track", default="", help="(track_10min_16mb, with --non-record track_non_record_16mb)")
-    parser.add_argument("--data", default="", help="what was trained and scored on, in words (the name of the data's folder)")
-    parser.add_argument("--out", type=Path, default=Path("records"), help="folder for TRACK/DATE_NAME (%(default)s)")
-    parser.add_argument("--non-record", action="store_true", help="allow and state what is missing or over a limit")
-    parser.add_argument("--only-json", type=Path, metavar="FILE", help="write no folder, only its submission.json, here")
+    parser.add_argument(
+        "--blurb", default="", help="the submission in a sentence (steps, quantizer and scoring)"
+    )
+    parser.add_argument(
+        "--date", default=str(datetime.date.today()), help="day of the runs, YYYY-MM-DD (today)"
+    )
+    parser.add_argument(
+        "--track", default="", help="(track_10min_16mb, with --non-record track_non_record_16mb)"
+    )
+    parser.add_argument(
+        "--data", default="", help="what was trained and scored on, in words (the name of the data's folder)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("records"), help="folder for TRACK/DATE_NAME (%(default)s)"
+    )
+    parser.add_argument(
+        "--non-record", action="store_true", help="allow and state what is missing or over a limit"
+    )
+    parser.add_argument(
+        "--only-json", type=Path, metavar="FILE", help="write no folder, only its submission.json, here"
+    )
     args = parser.parse_args(argv)
     try:
         check_arguments(args)
         runs = checked_runs(args)
         if args.only_json:
             target, present = args.only_json, (ROOT / "train_gpt.py").read_text("utf-8")
-            s = describe(runs, [Path(os.path.relpath(run.path, target.parent)).as_posix() for run in runs], args)
+            s = describe(
+                runs, [Path(os.path.relpath(run.path, target.parent)).as_posix() for run in runs], args
+            )
             s["source_is_present_train_gpt"] = runs[0].log.source == present
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, json_bytes(s))
@@ -343,7 +444,9 @@ def main(argv: list[str] | None = None) -> None:
             s = json.loads(files["submission.json"])
     except (RunError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"wrote {target}: val_bpb {s['val_bpb']:.4f} of {len(runs)} run{'s'[:len(runs) > 1]}, {s['bytes_total']:,} bytes")
+    print(
+        f"wrote {target}: val_bpb {s['val_bpb']:.4f} of {len(runs)} run{'s'[: len(runs) > 1]}, {s['bytes_total']:,} bytes"
+    )
     if not s.get("source_is_present_train_gpt", True):
         print("note: the logs were made by another version of train_gpt.py than the present one")
 
