@@ -3,9 +3,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 
-.PHONY: help demo test soak readme clean
+.PHONY: help demo lint test soak readme clean
 help:
 	@echo "make demo    train, quantize and score a small model on this machine's CPU, in about four minutes"
+	@echo "make lint    check form, names, types and docstrings"
 	@echo "make test    run the tests, in a few minutes"
 	@echo "make soak    kill and resume sixty runs at random moments, in about ten minutes"
 	@echo "make readme  renew the generated parts of README.md from --help and logs/demo.txt"
@@ -26,12 +27,16 @@ help:
 
 demo: .venv/ready-tools
 	@echo "== building the demo data from this Python's standard library"
-	@$(BIN)/python tools/demo_data.py --out data/demo
+	@$(BIN)/python -m tools.demo_data --out data/demo
 	@echo "== training and scoring with the settings of tools/demo.env, two processes on the CPU"
 	@set -a && . tools/demo.env && OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train_gpt.py
 	@echo "== what the stages did"
-	@$(BIN)/python tools/demo_report.py logs/demo.txt
-	@$(BIN)/python tools/plot.py logs/demo.txt --out logs/demo.png
+	@$(BIN)/python -m tools.demo_report logs/demo.txt
+	@$(BIN)/python -m tools.plot logs/demo.txt --out logs/demo.png
+
+lint: .venv/ready-tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 test: .venv/ready-tools
 	@echo "== running the tests"
@@ -41,7 +46,7 @@ soak: .venv/ready-tools
 	TRIALS=60 $(BIN)/python -m pytest -v --no-header tests/test_checkpoint.py -k random | tee logs/soak.txt
 
 readme: .venv/ready
-	$(BIN)/python tools/readme.py
+	$(BIN)/python -m tools.readme
 
 clean:
 	rm -rf .venv data/demo

@@ -1,14 +1,22 @@
-"""Train a GPT in ten minutes, squeeze it into 16,000,000 bytes, then score unseen text while learning from it.
+"""Train a GPT in ten minutes, squeeze it into 16,000,000 bytes, score unseen text while learning from it.
 
-        torchrun --standalone --nproc_per_node=8 train_gpt.py
-        EVAL_ONLY=1 ARTIFACT_PATH=logs/RUN_ID.bin python train_gpt.py
+    torchrun --standalone --nproc_per_node=8 train_gpt.py
+    EVAL_ONLY=1 ARTIFACT_PATH=logs/RUN_ID.bin python train_gpt.py
 
-Settings are environment variables. The last line logged has val_bpb, bits per byte. Shapes: B sequences, T positions,
-width D, H query and K key/value heads of width d, L layers, V vocabulary, N tokens, W processes.
+Settings are environment variables (see --help); the last line logged has val_bpb, bits per byte.
+
+Shapes: B sequences, T positions, D model width, H query heads, K key/value heads of width d = D / H,
+L layers, V vocabulary, P positions of the past, N tokens, W processes.
+
+A *bank* holds one matrix of every layer; a *span* is an eighth of a training step's tokens. A *window* is
+what a position may see; a *chunk* is scored before weights learn from it; a stream reads a *segment* at
+once; *lanes* are streams (or coders) side by side. A row's *grid* is the multiples of its *step*; the
+*knob* scales all steps until the artifact fits.
 """
 
 import difflib
 import hashlib
+import importlib
 import io
 import json
 import lzma
@@ -16,274 +24,353 @@ import math
 import os
 import platform
 import re
+import resource
 import sys
 import time
+import traceback
 import uuid
-from ast import literal_eval
-from collections import namedtuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import make_dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache, partial
 from itertools import count, cycle
 from pathlib import Path
-from typing import NamedTuple
-from unittest.mock import patch
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+
+# First of all, or its defaults keep the process group, whose threads now and then abort Python's end
+# ("terminate called without an active exception"; PyTorch 2.13, Python 3.11, pytorch issue 190489)
+import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
-from torch import Tensor, arange, cat, nn, no_grad, stack
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+State = dict[str, Any]
+Named = Mapping[str, Tensor]
+SPANS = 8  # of a training step, shared out over 1, 2, 4 or 8 processes
 
 
 class RunError(Exception):
-    """What the user can put right."""
+    """What the user can put right; the message is one line that says how."""
 
 
-try:
-    from tools.extras import notify
-except ModuleNotFoundError:
-
-    def notify(what, s=None, *more):
-        if what == "start" and (s.audit or s.resume or s.checkpoint_every):
-            raise RunError("AUDIT, RESUME and CHECKPOINT_EVERY need tools/")
-
-# ---- Settings ----
-
-Setting = namedtuple("Setting", "default low high help")
-
-TABLE = """
-DATA_PATH="./data/datasets/fineweb10B_sp1024" shards' folder
-TOKENIZER_PATH="./data/tokenizers/fineweb_1024_bpe.model" SentencePiece model
-VOCAB_SIZE=1024 2..65536 tokenizer's tokens
-
-RUN_ID="" of logs/RUN_ID.txt; empty: a UUID
-SEED=1337 0..4294967295 seed of the weights
-ITERATIONS=20000 most training steps
-MAX_WALLCLOCK_SECONDS=600.0 cap on training; 0: none
-WARMUP_STEPS=20 steps that compile
-WARMDOWN_ITERS=3500 steps down to learning rate 0
-TRAIN_BATCH_TOKENS=786432 8.. tokens per step
-TRAIN_SEQ_LEN=2048 2.. tokens per sequence
-MICRO_BATCH_TOKENS=0 tokens per pass; 0: an eighth step
-TRAIN_LOG_EVERY=500 steps between log lines; 0: none
-VAL_LOSS_EVERY=4000 steps between validations; 0: one
-VAL_BATCH_SIZE=524288 8.. tokens 8 ranks score at once
-HOLDOUT_TOKENS=524288 1.. training tokens to choose by
-ARTIFACT_PATH="" empty: logs/RUN_ID.bin
-ARTIFACT_LIMIT=16_000_000 1.. bytes of code and artifact
-EVAL_ONLY=0 0..1 only score ARTIFACT_PATH
-CHECKPOINT_EVERY=0.0 seconds between checkpoints; 0: none
-RESUME="" checkpoint to go on from, or auto: RUN_ID's
-AUDIT=0 0..1 check scoring against the rules
-RECIPE="record" or best: other defaults
-
-NUM_LAYERS=11 1.. layers
-MODEL_DIM=512 2.. model width
-NUM_HEADS=8 1.. query heads
-NUM_KV_HEADS=4 1.. key/value heads
-MLP_MULT=3.0 0.5.. MLP width over MODEL_DIM
-TIE_EMBEDDINGS=1 0..1 the head is the table
-ROPE_BASE=10000.0 1.. rotary base
-ROPE_DIMS=16 4.. rotating channels per head
-LOGIT_SOFTCAP=30.0 0.001.. cap * tanh(logits / cap)
-QK_GAIN_INIT=1.5 first query gain
-LN_SCALE=1 0..1 inputs by 1/sqrt(layer + 1)
-XSA_LAST_N=4 last layers with XSA
-BIGRAM_VOCAB_SIZE=1536 bigram rows; below 2: none
-BIGRAM_DIM=128 1.. its width
-VE_ENABLED=1 0..1 add value embeddings
-VE_DIM=128 1.. their width
-VE_LAYERS=9,10 layers that add them
-TIED_EMBED_INIT_STD=0.005 deviation of new tables
-
-MATRIX_LR=0.025 Muon learning rate
-SCALAR_LR=0.025 that of the rest
-TIED_EMBED_LR=0.035 that of the tables
-EMBED_LR=0.6 the same, TIE_EMBEDDINGS=0
-HEAD_LR=0.008 the head's, TIE_EMBEDDINGS=0
-MUON_MOMENTUM=0.99 0..1 Muon momentum
-MUON_MOMENTUM_WARMUP_START=0.92 0..1 that at step 0
-MUON_MOMENTUM_WARMUP_STEPS=1500 steps up to MUON_MOMENTUM
-MUON_BACKEND_STEPS=5 1.. Newton-Schulz steps
-MUON_WD=0.04 banks' weight decay
-ADAM_WD=0.04 that of the rest
-BETA1=0.9 0..0.999999 AdamW beta1
-BETA2=0.95 0..0.999999 AdamW beta2
-ADAM_EPS=1e-8 AdamW epsilon
-GRAD_CLIP_NORM=0.3 most gradient norm; 0: none
-
-EMA_ENABLED=1 0..1 exponential average
-EMA_DECAY=0.997 0..1 decay of the EMA
-SWA_ENABLED=1 0..1 average of last steps
-SWA_EVERY=50 1.. steps between, near the end
-LATE_QAT=1 0..1 round weights at the end
-LATE_QAT_THRESHOLD=0.15 rate / peak that starts it
-MATRIX_STEP=1.0 0.25..1000 least mean step; 1: the record's
-
-EVAL_SEQ_LEN=2048 2.. tokens per window
-EVAL_STRIDE=64 1.. tokens a window scores
-EVAL_MODE="sliding" or streaming: each position once
-EVAL_WINDOW=0 tokens it sees; 0: EVAL_SEQ_LEN
-EVAL_MAX_SECONDS=600.0 0.001.. limit; TTT does less to keep it
-EVAL_TIME_SOFT_CAP_SECONDS=570.0 no extra epochs past 85% of it
-
-TTT_ENABLED=1 0..1 learn from what was scored
-TTT_MUON=1 0..1 Newton-Schulz updates; 0: SGD
-TTT_NS_STEPS=3 1.. Newton-Schulz steps
-TTT_ENTROPY_ADAPT=1 0..1 epochs by difficulty
-TTT_ENTROPY_HIGH=2.1 nats that are hard
-TTT_ENTROPY_LOW=1.75 nats that are easy
-TTT_LR=0.002 learning rate, a cosine
-TTT_EPOCHS=3 1.. epochs per chunk
-TTT_CHUNK_TOKENS=32768 2.. tokens per chunk
-TTT_BATCH_SEQS=32 1.. sequences per update
-TTT_FREEZE_BLOCKS=0 first layers kept fixed
-TTT_MOMENTUM=0.9 0..0.999999 SGD momentum
-TTT_GRAD_CLIP=1.0 most gradient norm; 0: none
-TTT_DECAY=0.0 0..1 pull back at an update
-"""
-FIELDS = {
-    name: Setting(literal_eval(default), float(low or 0), float(high or 1e300), text)
-    for name, default, low, high, text in re.findall(r"(\w+)=(\S+) (?:(\S+)\.\.(\S*) )?(.+)", TABLE)
-}
-
-BEST = dict(
-    eval_mode="streaming",
-    ttt_entropy_adapt=0,
-    ttt_lr=0.01,
-    ttt_epochs=1,
-    ttt_chunk_tokens=2048,
-    ttt_decay=0.005,
-)
-RECIPES = dict(record={name: FIELDS[name.upper()].default for name in BEST}, best=BEST)
-Settings = make_dataclass(
-    "Settings", [(name.lower(), type(f.default), f.default) for name, f in FIELDS.items()]
-)
-PREFIXES = {name.split("_")[0] for name in FIELDS} - {*"ARTIFACT DATA HEAD MAX MODEL NUM RUN SEED".split()}
-KINDS = {int: "an integer", float: "a number", str: "text", tuple: "integers separated by commas"}
-RULES = """
-MODEL_DIM % (2 * NUM_HEADS) == 0
-NUM_HEADS % NUM_KV_HEADS == 0
-ROPE_DIMS in range(4, MODEL_DIM // NUM_HEADS + 1, 2)
-len({*VE_LAYERS} & {*range(NUM_LAYERS)}) == len(VE_LAYERS)
-TRAIN_BATCH_TOKENS % (8 * TRAIN_SEQ_LEN) == 0
-RECIPE in ("record", "best")
-EVAL_MODE == "sliding" or EVAL_MODE == "streaming" and TTT_CHUNK_TOKENS % 8 == 0
-EVAL_STRIDE <= EVAL_SEQ_LEN
-TTT_CHUNK_TOKENS >= TRAIN_SEQ_LEN or not TTT_ENABLED or EVAL_MODE == "streaming"
-TTT_FREEZE_BLOCKS <= NUM_LAYERS
-ARTIFACT_PATH or not EVAL_ONLY
-"/" not in RUN_ID
-RUN_ID or RESUME != "auto"
-""".strip().split("\n")
+class Stopped(Exception):  # noqa: N818 (no error)
+    """The run ends as a hook asked; what could be kept is kept."""
 
 
-def show(value):
-    return (
-        value
-        if isinstance(value, str)
-        else ",".join(map(str, value))
-        if isinstance(value, tuple)
-        else f"{value:.15g}"
+STOPPED_STATUS = 75  # exit status of a run that can go on later
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Returns a / b, rounded up."""
+    return -(-a // b)
+
+
+# ======== Settings ========
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float = 0,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    kept: str = "yes",
+    group: str = "",
+) -> Any:
+    """Returns a field of Settings: numbers from `low` to `high`, texts among `choices`.
+
+    `kept` in the artifact: "yes", a default for scoring; "fixed", belongs to the weights; "no", is local.
+    """
+    facts = {"help": help, "low": low, "high": high, "choices": choices, "kept": kept, "group": group}
+    return field(default=default, metadata=facts)
+
+
+fixed, local = partial(setting, kept="fixed"), partial(setting, kept="no")
+
+
+@dataclass
+class Settings:
+    """All settings, environment variables of these names in capitals; the defaults are the record's."""
+
+    data_path: str = local("./data/datasets/fineweb10B_sp1024", "folder of the token shards", group="Data")
+    tokenizer_path: str = local(
+        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model that made the tokens"
     )
+    vocab_size: int = setting(1024, "number of the tokenizer's tokens", low=2, high=65536)
+
+    run_id: str = local("", "name of logs/RUN_ID.txt; empty: a UUID", group="Run")
+    seed: int = setting(1337, "seed of the first weights", high=2**32 - 1)
+    iterations: int = setting(20000, "most training steps")
+    max_wallclock_seconds: float = setting(600.0, "most seconds of training; 0: no limit")
+    warmup_steps: int = setting(20, "steps before the clock starts, then undone")
+    warmdown_iters: int = setting(3500, "last steps, in which the rate falls to 0")
+    train_batch_tokens: int = setting(786432, "tokens per training step", low=8)
+    train_seq_len: int = setting(2048, "tokens per training sequence", low=2)
+    micro_batch_tokens: int = setting(0, "tokens per forward pass; 0: an eighth of a step")
+    train_log_every: int = setting(500, "steps between lines of the log; 0: only the first ten")
+    val_loss_every: int = setting(4000, "steps between validations; 0: only after the last step")
+    val_batch_size: int = setting(524288, "validation tokens that 8 processes read at once", low=8)
+    holdout_tokens: int = setting(524288, "training tokens held out to choose and calibrate by", low=1)
+    artifact_path: str = local("", "file of the artifact; empty: logs/RUN_ID.bin")
+    artifact_limit: int = local(16_000_000, "most bytes of artifact and code", low=1)
+    eval_only: bool = local(False, "do not train, only score ARTIFACT_PATH")
+    checkpoint_every: float = local(0.0, "seconds between checkpoints; 0: only on SIGTERM")
+    resume: str = local("", "checkpoint to go on from; auto: RUN_ID's, if any")
+    audit: bool = local(False, "check scoring against the challenge's rules")
+    recipe: str = setting("record", "which defaults hold", choices=("record", "best"))
+
+    num_layers: int = fixed(11, "layers", low=1, group="Model")
+    model_dim: int = fixed(512, "width of the residual stream", low=1)
+    num_heads: int = fixed(8, "query heads", low=1)
+    num_kv_heads: int = fixed(4, "key and value heads", low=1)
+    mlp_mult: float = fixed(3.0, "hidden width of the MLP over MODEL_DIM", low=0.5)
+    tie_embeddings: bool = fixed(True, "the output head is the token table")
+    rope_base: float = fixed(10000.0, "base of the rotary frequencies", low=1)
+    rope_dims: int = fixed(16, "channels of a head that rotate", low=4)
+    logit_softcap: float = fixed(30.0, "bound of the logits, by tanh", low=0.001)
+    qk_gain_init: float = fixed(1.5, "first gain of the queries")
+    ln_scale: bool = fixed(True, "scale layers' inputs by 1 / sqrt(layer + 1)")
+    xsa_last_n: int = fixed(4, "last layers that drop what lies along a position's value")
+    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none")
+    bigram_dim: int = fixed(128, "width of the bigram table", low=1)
+    ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS")
+    ve_dim: int = fixed(128, "width of the value embeddings", low=1)
+    ve_layers: tuple[int, ...] = fixed((9, 10), "layers that add value embeddings")
+    tied_embed_init_std: float = fixed(0.005, "deviation of the first token table")
+
+    matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks", group="Optimizers")
+    scalar_lr: float = setting(0.025, "AdamW's learning rate of scalars and vectors")
+    tied_embed_lr: float = setting(0.035, "AdamW's learning rate of the tables")
+    embed_lr: float = setting(0.6, "the tables' learning rate with TIE_EMBEDDINGS=0")
+    head_lr: float = setting(0.008, "the head's learning rate with TIE_EMBEDDINGS=0")
+    muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", high=1)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", high=1)
+    muon_momentum_warmup_steps: int = setting(1500, "steps in which Muon's momentum rises")
+    muon_backend_steps: int = setting(5, "Newton-Schulz steps in training", low=1)
+    muon_wd: float = setting(0.04, "weight decay of the banks")
+    adam_wd: float = setting(0.04, "AdamW's weight decay")
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", high=0.999999)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", high=0.999999)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon")
+    grad_clip_norm: float = setting(0.3, "most norm of the whole gradient; 0: no limit")
+
+    ema_enabled: bool = setting(
+        True, "try an exponential average of the weights", group="Averages and rounding"
+    )
+    ema_decay: float = setting(0.997, "decay of the exponential average, per step", high=1)
+    swa_enabled: bool = setting(True, "try a plain average of the last weights")
+    swa_every: int = setting(50, "steps between samples of the plain average", low=1)
+    late_qat: bool = setting(True, "train with rounded banks near the end")
+    late_qat_threshold: float = setting(0.15, "share of the warm-down left when rounding starts")
+    matrix_step: float = setting(1.0, "least knob; 1: steps as fine as the record's", low=0.25, high=1000)
+
+    eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2, group="Scoring")
+    eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
+    eval_mode: str = setting("sliding", "windows, or each position once", choices=("sliding", "streaming"))
+    eval_window: int = setting(0, "tokens that a position of a stream sees; 0: EVAL_SEQ_LEN")
+    eval_max_seconds: float = setting(600.0, "most seconds of scoring; if short, less is learnt", low=0.001)
+    eval_time_soft_cap_seconds: float = setting(570.0, "past 85% of these seconds no chunk gets extra epochs")
+
+    ttt_enabled: bool = setting(True, "learn from what has been scored", group="Test-time training")
+    ttt_muon: bool = setting(True, "update by Newton-Schulz; 0: by SGD")
+    ttt_ns_steps: int = setting(3, "Newton-Schulz steps of an update", low=1)
+    ttt_entropy_adapt: bool = setting(True, "an epoch more for hard chunks, less for easy ones")
+    ttt_entropy_high: float = setting(2.1, "nats above which a chunk is hard")
+    ttt_entropy_low: float = setting(1.75, "nats below which a chunk is easy")
+    ttt_lr: float = setting(0.002, "learning rate; with windows the peak of a cosine")
+    ttt_epochs: int = setting(3, "times that a chunk is learnt from", low=1)
+    ttt_chunk_tokens: int = setting(32768, "tokens scored, then learnt from", low=2)
+    ttt_batch_seqs: int = setting(32, "sequences per update, in sliding mode", low=1)
+    ttt_freeze_blocks: int = setting(0, "first layers that do not learn")
+    ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
+    ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
+    ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1)
+
+    def validate(self) -> None:
+        """Raises RunError for settings that contradict each other."""
+        head_dim, sliding = self.model_dim // self.num_heads, self.eval_mode == "sliding"
+        layers, chunk = set(range(self.num_layers)) & set(self.ve_layers), self.ttt_chunk_tokens
+        whole_chunks = chunk >= self.train_seq_len or not (self.ttt_enabled and sliding)
+        rules = {
+            "MODEL_DIM must be a multiple of 2 * NUM_HEADS": self.model_dim % (2 * self.num_heads) == 0,
+            "NUM_HEADS must be a multiple of NUM_KV_HEADS": self.num_heads % self.num_kv_heads == 0,
+            "ROPE_DIMS must be even, at most MODEL_DIM / NUM_HEADS": self.rope_dims
+            in range(4, head_dim + 1, 2),
+            "VE_LAYERS must be different layers below NUM_LAYERS": len(layers) == len(self.ve_layers),
+            "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": not (
+                self.train_batch_tokens % (SPANS * self.train_seq_len)
+            ),
+            "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
+            "TTT_CHUNK_TOKENS must be a multiple of 8 if EVAL_MODE is streaming": sliding
+            or chunk % SPANS == 0,
+            "TTT_CHUNK_TOKENS must be at least TRAIN_SEQ_LEN": whole_chunks,
+            "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS": self.ttt_freeze_blocks <= self.num_layers,
+            "EVAL_ONLY=1 needs ARTIFACT_PATH": self.artifact_path or not self.eval_only,
+            "RUN_ID must be a name without /": "/" not in self.run_id,
+            "RESUME=auto needs RUN_ID": self.run_id or self.resume != "auto",
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                names = [name for name in re.findall("[A-Z_]+", rule) if name in FIELDS]
+                raise RunError(f"{rule}; now {assignments(self, names)}")
 
 
-def assignments(s, names):
+FIELDS = {f.name.upper(): f for f in fields(Settings)}
+KEPT = [name.lower() for name, f in FIELDS.items() if f.metadata["kept"] != "no"]
+
+BEST = {"eval_mode": "streaming", "ttt_entropy_adapt": False, "ttt_lr": 0.01}
+BEST |= {"ttt_epochs": 1, "ttt_chunk_tokens": 2048, "ttt_decay": 0.005}
+RECIPES = {"best": BEST, "record": {name: FIELDS[name.upper()].default for name in BEST}}
+
+# Names that begin like a setting's are misspelt, but not these, which other programs use
+COMMON_PREFIXES = {"ARTIFACT", "DATA", "HEAD", "MAX", "MODEL", "NUM", "RUN", "SEED"}
+OWN_PREFIXES = {name.split("_")[0] for name in FIELDS} - COMMON_PREFIXES
+NEAR_MISS = 0.91  # difflib's ratio that makes any other name a misspelt one
+
+KINDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
+KINDS[tuple[int, ...]] = "integers separated by commas"
+
+
+def show(value: Any) -> str:
+    """Returns a value as one writes it in the environment."""
+    if isinstance(value, (str, tuple)):
+        return value if isinstance(value, str) else ",".join(map(str, value))
+    return f"{value:.15g}"
+
+
+def assignments(s: Settings, names: Sequence[str]) -> str:
+    """Returns NAME=value for each name."""
     return " ".join(f"{name}={show(getattr(s, name.lower()))}" for name in names)
 
 
-def allowed(f):
-    limits = f" from {show(f.low)}" + f" to {show(f.high)}" * (f.high < 1e300)
-    return KINDS[type(f.default)] + limits * isinstance(f.default, (int, float))
+def allowed(f: Field) -> str:
+    """Returns which values are allowed, in words."""
+    low, high, choices = (f.metadata[fact] for fact in ("low", "high", "choices"))
+    if choices or f.type not in (int, float):
+        return " or ".join(choices) or KINDS[f.type]
+    return f"{KINDS[f.type]} from {show(low)}" + (f" to {show(high)}" if high < math.inf else "")
 
 
-def parse_value(name, text):
-    f, kind = FIELDS[name], type(FIELDS[name].default)
+def parse_value(name: str, text: str) -> Any:
+    """Returns what a text says for setting NAME. Raises RunError."""
+    f, facts = FIELDS[name], FIELDS[name].metadata
     with suppress(ValueError):
-        value = tuple(map(int, filter(None, text.split(",")))) if kind == tuple else kind(text)
-        if kind in (str, tuple) or f.low <= value <= f.high:
-            return value
+        if f.type == tuple[int, ...]:
+            return tuple(int(part) for part in text.split(",") if part)
+        if f.type is str and text in (facts["choices"] or [text]):
+            return text
+        if f.type is bool and int(text) in (0, 1):
+            return bool(int(text))
+        if f.type in (int, float) and facts["low"] <= f.type(text) <= min(facts["high"], sys.float_info.max):
+            return f.type(text)
     raise RunError(f"{name}={text!r}: allowed is {allowed(f)}")
 
 
-def parse_settings(environ, defaults={}):
-    for name in environ:
-        own = "_" in name and (
-            name.split("_")[0] in PREFIXES or any(field.startswith(name) for field in FIELDS)
-        )
-        nearest = name not in FIELDS and difflib.get_close_matches(name, FIELDS, 1, 0 if own else 0.91)
+def check_spelling(names: Sequence[str]) -> None:
+    """Raises RunError for what looks like a setting and is none."""
+    for name in [name for name in names if name not in FIELDS]:
+        own = name.split("_")[0] in OWN_PREFIXES or any(field_name.startswith(name) for field_name in FIELDS)
+        nearest = difflib.get_close_matches(name, FIELDS, 1, 0 if "_" in name and own else NEAR_MISS)
         if nearest:
             raise RunError(f"{name} is no setting; the nearest is {nearest[0]}")
+
+
+def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = None) -> Settings:
+    """Returns an environment's settings, over those `kept` in an artifact. Raises RunError."""
+    check_spelling(list(environ))
     given = {name.lower(): parse_value(name, environ[name]) for name in FIELDS if name in environ}
-    given = defaults | RECIPES.get(given.get("recipe"), {}) | given
+    given = dict(kept or {}) | RECIPES.get(given.get("recipe", ""), {}) | given
     s = Settings(**given)
-    if s.eval_only and s.artifact_path and not defaults:
-        return s
+    if s.eval_only and s.artifact_path and kept is None:
+        return s  # the artifact brings the rest
     if "ve_layers" not in given:
-        s.ve_layers = tuple(i for i in s.ve_layers if i < s.num_layers)
-    for rule in RULES:
-        names = [name for name in FIELDS if name in re.findall(r"\w+", rule)]
-        if not eval(rule, {name: getattr(s, name.lower()) for name in names}):
-            raise RunError(f"must hold: {rule}; now {assignments(s, names)}")
+        s.ve_layers = tuple(layer for layer in s.ve_layers if layer < s.num_layers)
+    s.validate()
     return s
 
 
-# ---- Processes; each helper is a no-op on one ----
+def help_text() -> str:
+    """Returns what --help prints."""
+    lines = [__doc__ or ""]
+    for name, f in FIELDS.items():
+        lines += [f"\n{f.metadata['group']}:"] if f.metadata["group"] else []
+        lines.append(f"  {name}={show(f.default)}  {f.metadata['help']} ({allowed(f)})")
+    return "\n".join(lines)
 
-world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
-rank = lambda: dist.get_rank() if dist.is_initialized() else 0
+
+# ======== Processes ========
 
 
-def start_processes():
-    """Join torchrun's group, if any. Returns the device."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if world not in (1, 2, 4, 8):
+def world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Returns this process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start_processes() -> torch.device:
+    """Join torchrun's process group, if any; return the device. Raises RunError."""
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if SPANS % world != 0:
         raise RunError(f"{world} processes: use 1, 2, 4 or 8")
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise RunError(f"no GPU for process {local_rank}: lower --nproc_per_node")
     if cuda:
-        if local >= torch.cuda.device_count():
-            raise RunError(f"no GPU for process {local}: lower --nproc_per_node")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return torch.device(f"cuda:{local}" if cuda else "cpu")
+    return torch.device(f"cuda:{local_rank}" if cuda else "cpu")
 
 
-def all_reduce(tensor):
-    """Sum over the ranks, in place."""
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-class AllReduce(torch.autograd.Function):
-    """The same with a gradient, not in place."""
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return all_reduce(tensor.clone())
 
-    forward = staticmethod(lambda context, tensor: all_reduce(tensor.clone()))
-    backward = staticmethod(lambda context, grad: all_reduce(grad.contiguous()))
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Tensor:
+        return all_reduce(grad.contiguous())
 
 
-def all_reduce_list(tensors):
-    """The same for tensors of one dtype."""
+def all_reduce_list(tensors: list[Tensor]) -> None:
+    """Sum tensors of one dtype over the ranks, in place, at once."""
     if world_size() > 1:
-        flat = all_reduce(cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [*map(Tensor.view_as, flat, tensors)])
+        flat = all_reduce(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat, tensors, strict=True)])
 
 
-def from_rank0(value):
+def from_rank0(value: Value) -> Value:
+    """Returns rank 0's value on all ranks."""
     holder = [value]
     if world_size() > 1:
         dist.broadcast_object_list(holder)
     return holder[0]
 
 
-def together(action, ranks=8):
-    """action() on the first `ranks`; what one raises, all raise as RunError."""
-    error = ""
+def together(action: Callable[[], Value], ranks: int = SPANS) -> Value:
+    """Returns what `action` gives on the first ranks; what one raises, all raise as RunError."""
+    error, result = "", None
     try:
-        result = action() if rank() < ranks else None
+        if rank() < ranks:
+            result = action()
     except (RunError, OSError) as e:
         error = str(e)
     if all_reduce(torch.tensor(len(error))):
@@ -294,49 +381,189 @@ def together(action, ranks=8):
     return result
 
 
-def share(total):
-    """This rank's [low, high) of `total`."""
-    return [total * r // world_size() for r in (rank(), rank() + 1)]
+def share(total: int) -> tuple[int, int]:
+    """Returns this rank's [low, high) of `total` things."""
+    return total * rank() // world_size(), total * (rank() + 1) // world_size()
 
 
-def timer():
-    start = time.perf_counter()
-    return lambda: time.perf_counter() - start
+def peak_memory() -> float:
+    """Returns the most MiB used, of the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-outputs, lost = [None], []
+@torch.no_grad()
+def copy_weights(weights: list[Tensor], values: list[Tensor]) -> None:
+    """Give the weights new values, in place."""
+    torch._foreach_copy_(weights, values)
 
 
-def log(event, template="", **values):
-    """On rank 0; without a template, names and values. A full disk ends a log, and the run only at its end."""
-    if rank() == 0:
-        more = notify("event", event, values) or ""
-        words = (
-            f"{name}:{value:.6g}" if isinstance(value, float) else f"{name}:{value}"
-            for name, value in values.items()
-        )
-        line = (template.format_map(values) or " ".join([event, *words])) + more
-        for output in outputs[:]:
+def copies(weights: list[Tensor]) -> list[Tensor]:
+    """Returns new tensors of their values."""
+    return [w.detach().clone() for w in weights]
+
+
+class Stateful:
+    """Carries the attributes that STATE names over a restart."""
+
+    STATE: tuple[str, ...] = ()
+
+    def state_dict(self) -> State:
+        """Returns tensors, numbers, texts, containers of them. All ranks ask."""
+        parts = {name: getattr(self, name) for name in self.STATE}
+        return {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in parts.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state_dict(); weights keep their place."""
+        for name in self.STATE:
+            own = getattr(self, name)
+            if hasattr(own, "load_state_dict"):
+                own.load_state_dict(state[name])
+            elif isinstance(own, list) and own and isinstance(own[0], nn.Parameter):
+                copy_weights(own, state[name])
+            else:
+                setattr(self, name, state[name])
+
+
+class Clock:
+    """Seconds since it was made, and before a restart. Reading it waits for its device."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.device, self.start = device, time.perf_counter()
+        self.apart = 0.0  # that tools spent and nobody is to be hurried by
+
+    def seconds(self, wait: bool = True) -> float:
+        """Returns all seconds so far."""
+        if wait and self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.start
+
+    def add(self, seconds: float) -> None:
+        """Count so many more."""
+        self.start -= seconds
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns the seconds."""
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Add those of a state_dict()."""
+        self.add(state["seconds"])
+
+
+# ======== Log and hooks ========
+
+
+class Hooks:
+    """Where tools may watch a run: these methods do nothing, classes in tools/run/ override some.
+
+    Ranks call them in one order, but for on_event, on_progress, on_error. Only restore_* give a state, only
+    should_stop ends a run; on_start, on_scoring, on_end may raise RunError.
+    """
+
+    def __str__(self) -> str:
+        return "none"
+
+    def on_start(self, run: "Run") -> None:
+        """Settings are read, nothing is written."""
+
+    def restore_phase(self) -> str:
+        """Returns what goes on: training, scoring, or nothing."""
+        return ""
+
+    def restore_training(self) -> State | None:
+        """Returns a Trainer's state; its "source" is for errors."""
+        return None
+
+    def restore_scoring(self) -> State | None:
+        """Returns an Evaluation's state."""
+        return None
+
+    def should_stop(self, *, in_loop: bool = False) -> bool:
+        """Returns whether to end; `in_loop`, after on_step or on_chunk, ranks agree."""
+        return False
+
+    def on_event(self, name: str, values: dict[str, Any]) -> None:
+        """A line was logged, on rank 0; values are as in JSON."""
+
+    def on_progress(self, stage: str, done: float) -> None:
+        """A share of a stage, 0 to 1, is done."""
+
+    def on_step(self, trainer: "Trainer", last: bool) -> None:
+        """A step, or none, is to come; the state is whole."""
+
+    def on_scoring(self, evaluation: "Evaluation") -> None:
+        """Scoring begins; the artifact is on disk."""
+
+    def on_read(self, read: "Read") -> None:
+        """Tokens were read, to score or to learn."""
+
+    def on_scores(self, read: "Read", scored: Tensor, sums: Tensor) -> None:
+        """Scores count, where `scored` (B, T); `sums` (3,): nats, number, bytes."""
+
+    def on_chunk_start(self, ttt: "TestTimeTraining", chunk: int) -> None:
+        """A chunk is to be scored."""
+
+    def before_update(self, learner: "Learner") -> None:
+        """Weights are to learn."""
+
+    def on_update(self, learner: "Learner") -> None:
+        """Weights have learnt."""
+
+    def on_chunk(self, ttt: "TestTimeTraining") -> None:
+        """A chunk is done; the state is whole."""
+
+    def on_stage(self, name: str, score: "Score") -> None:
+        """A stage has its score; "averaged" is training's."""
+
+    def on_end(self) -> None:
+        """The result is there."""
+
+    def on_stopped(self) -> None:
+        """The run ends as should_stop said."""
+
+    def on_error(self, error: BaseException) -> None:
+        """This rank ends by an error."""
+
+
+NO_HOOKS = Hooks()
+
+
+class Log:
+    """Writes rank 0's lines to the console and a file; `lost` says what a full disk kept out."""
+
+    def __init__(self, hooks: Hooks = NO_HOOKS):
+        self.hooks, self.lost = hooks, ""
+        self.outputs = [None]  # None: what is standard output by then
+
+    def open(self, path: Path, source: str, append: bool) -> None:
+        """Also write to a file, first the source; an older one becomes path.previous. Raises OSError."""
+        if path.exists() and not append:
+            os.replace(path, f"{path}.previous")
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+        self.outputs.append(file)
+        if not path.stat().st_size:
+            print(source, "=" * 100, sep="\n", file=file)
+
+    def event(self, name: str, line: str = "", **values: Any) -> None:
+        """Log a line; without one, name and values."""
+        if rank() != 0:
+            return
+        self.hooks.on_event(name, values)
+        shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+        for output in self.outputs[:]:
             try:
-                print(line, file=output, flush=True)
+                print(
+                    line or " ".join([name, *(f"{k}:{v}" for k, v in shown.items())]), file=output, flush=True
+                )
             except OSError as e:
-                outputs.remove(output)
-                lost.append(str(e))
+                self.outputs.remove(output)
+                self.lost = self.lost or str(e)
 
 
-def open_outputs(log_path, artifact_path, source, append):
-    for path in filter(None, (log_path, artifact_path)):
-        os.makedirs(path.parent, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise RunError(f"{path} cannot be written")
-    if log_path.exists() and not append:
-        os.replace(log_path, f"{log_path}.previous")
-    outputs.append(open(log_path, "a", encoding="utf-8"))
-    if not log_path.stat().st_size:
-        print(source, "=" * 100, sep="\n", file=outputs[-1])
-
-
-def write_atomically(path, data):
+def write_atomically(path: Path | str, data: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
     temporary = Path(f"{path}.tmp")
     try:
         temporary.write_bytes(data)
@@ -345,351 +572,513 @@ def write_atomically(path, data):
         temporary.unlink(missing_ok=True)
 
 
-@no_grad()
-def copy_weights(weights, values):
-    torch._foreach_copy_(weights, values)
+@dataclass
+class Run:
+    """What the parts of a run have in common."""
+
+    settings: Settings
+    device: torch.device
+    hooks: Hooks = NO_HOOKS
+    log: Log = field(default_factory=Log)
+
+    @property
+    def log_path(self) -> Path:
+        """The log's file."""
+        return Path(f"logs/{self.settings.run_id}.txt")
+
+    @property
+    def artifact_path(self) -> Path:
+        """The artifact's file."""
+        return Path(self.settings.artifact_path or f"logs/{self.settings.run_id}.bin")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-copies = lambda weights: [w.detach().clone() for w in weights]
+def report_progress(hooks: Hooks, stage: str, done: float) -> None:
+    """Tell which share of a stage is done. Raises Stopped."""
+    hooks.on_progress(stage, done)
+    if hooks.should_stop():
+        raise Stopped
 
-# ---- Tokens and bytes ----
 
-GET_DATA = "get data by `make demo` or `python tools/fineweb.py`"
+# ======== Tokens and bytes ========
+
+GET_DATA = "get data by `make demo` or `python -m tools.fineweb`"
 
 
-def load_tokenizer(path, vocab_size):
+def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    """Returns a tokenizer and its file's SHA-256. Raises RunError."""
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
         raise RunError(f"TOKENIZER_PATH={path} is no SentencePiece model; {GET_DATA}") from None
-    if tokenizer.vocab_size() != vocab_size:
-        raise RunError(
-            f"TOKENIZER_PATH={path} has {tokenizer.vocab_size()} tokens, not VOCAB_SIZE={vocab_size}"
-        )
+    if (size := tokenizer.vocab_size()) != vocab_size:
+        raise RunError(f"TOKENIZER_PATH={path} has {size} tokens, not VOCAB_SIZE={vocab_size}")
     return tokenizer, hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class ByteTables(NamedTuple):
-    """(V,) each. Boundaries: control, unknown, unused."""
+    """Bytes of text by token, (V,) each. Boundaries: control, unknown and unused tokens."""
 
-    base_bytes: Tensor  # without leading space
+    base_bytes: Tensor  # without a leading space
     has_leading_space: Tensor
     is_boundary: Tensor
 
-    def count(self, previous, target):
-        """A leading space after a boundary is none."""
+    def count(self, previous: Tensor, target: Tensor) -> Tensor:
+        """Returns each target's bytes; behind a boundary a leading space is none."""
         return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
 
 
-def byte_tables(tokenizer):
+def byte_tables(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTables:
+    """Returns a tokenizer's tables; a space in a piece is one byte."""
     rows = []
     for i in range(tokenizer.vocab_size()):
         boundary = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        piece = (
-            ""
-            if boundary
-            else "1"
-            if tokenizer.is_byte(i)
-            else tokenizer.id_to_piece(i).replace("\u2581", " ")
-        )
-        rows.append((len(piece.removeprefix(" ").encode()), piece.startswith(" "), boundary))
-    return ByteTables(*map(torch.tensor, zip(*rows)))
+        piece = "" if boundary else tokenizer.id_to_piece(i).replace("\u2581", " ")  # SentencePiece's space
+        size = 1 if tokenizer.is_byte(i) else len(piece.removeprefix(" ").encode())
+        rows.append((size, piece.startswith(" "), boundary))
+    return ByteTables(*map(torch.tensor, zip(*rows, strict=True)))
 
-
-# ---- Data ----
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * SHARD_HEADER_INTS
 
 
-def open_shard(path):
-    """Little-endian: 256 int32 (magic, version, count N, zeros), N uint16 tokens."""
-    header, size, offset = np.fromfile(path, "<i4", 3).tolist(), os.path.getsize(path), 4 * SHARD_HEADER_INTS
-    if size <= offset or header != [SHARD_MAGIC, SHARD_VERSION, (size - offset) / 2]:
-        raise RunError(
-            f"shard {path}: {size} bytes, header {header}, not {offset} + 2 N, {[SHARD_MAGIC, SHARD_VERSION]} + [N]"
-        )
-    notify("shard", path)
-    return np.memmap(path, "<u2", "r", offset)
+def _stamp(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
-def open_shards(data_path, split):
-    shards = [open_shard(path) for path in sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))]
+class Shard:
+    """A file's tokens, or its first: 256 little-endian int32 (magic, version, N, zeros), N uint16."""
+
+    def __init__(self, path: Path, length: int | None = None):
+        """Raises RunError, OSError."""
+        self.path, self.stamp = path, _stamp(path)
+        header, size, start = np.fromfile(path, "<i4", 3).tolist(), self.stamp[0], HEADER_BYTES
+        if size <= start or header != [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]:
+            expected = f"{start} + 2 N, {[SHARD_MAGIC, SHARD_VERSION]} + [N]"
+            raise RunError(f"shard {path}: {size} bytes, header {header}, not {expected}")
+        self.tokens = np.memmap(path, "<u2", "r", start)[:length]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Returns tokens [start, stop), uint16. Raises RunError for a changed file, OSError."""
+        if _stamp(self.path) != self.stamp:
+            raise RunError(f"shard {self.path} was changed during the run")
+        return self.tokens[start:stop]
+
+
+def open_shards(data_path: str, split: str) -> list[Shard]:
+    """Returns a split's shards by name. Raises RunError, OSError."""
+    shards = [Shard(path) for path in sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))]
     if not shards:
         raise RunError(f"DATA_PATH={data_path} has no fineweb_{split}_*.bin; {GET_DATA}")
     return shards
 
 
-def check_ids(tokens, vocab_size, where):
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> Tensor:
+    """Returns tokens (n,) int32. Raises RunError."""
     if tokens.max() >= vocab_size:
         raise RunError(f"{where}: token id {tokens.max()} is not below VOCAB_SIZE={vocab_size}")
     return torch.from_numpy(tokens.astype(np.int32))
 
 
-def validation_tokens(data_path, vocab_size, window):
-    """(N + 1,) int32."""
-    tokens = check_ids(np.concatenate(open_shards(data_path, "val")), vocab_size, "validation shards")
+def validation_tokens(data_path: str, vocab_size: int, window: int) -> Tensor:
+    """Returns the text (N + 1,) int32, longer than a window. Raises RunError, OSError."""
+    tokens = np.concatenate([shard.read() for shard in open_shards(data_path, "val")])
     if len(tokens) <= window:
         raise RunError(f"validation shards: {len(tokens)} tokens are too few for EVAL_SEQ_LEN={window}")
-    return tokens
+    return check_ids(tokens, vocab_size, "validation shards")
 
 
-def read_stream(shards, position, count):
-    """`count` tokens from `position` on; the shards repeat."""
-    parts, position = [], position % sum(map(len, shards))
-    for shard in cycle(shards):
-        parts.append(shard[position : position + count])
-        notify("shard", len(parts[-1]) and getattr(shard, "filename", None))
-        position, count = max(position - len(shard), 0), count - len(parts[-1])
-        if count == 0:
-            return np.concatenate(parts)
+def read_stream(shards: list[Shard], position: int, number: int) -> np.ndarray:
+    """Returns tokens, uint16, of the endlessly repeated shards. Raises RunError, OSError."""
+    parts, position, endless = [], position % sum(map(len, shards)), cycle(shards)
+    while number:
+        shard = next(endless)
+        if position < len(shard):
+            parts.append(shard.read(position, position + number))
+            number -= len(parts[-1])
+        position = max(position - len(shard), 0)
+    return np.concatenate(parts)
 
 
-def split_holdout(shards, tokens, seq_len):
-    """Cut off whole sequences + 1, at most `tokens` or a quarter of the last shard."""
-    held = min(tokens, len(shards[-1]) // 4) // seq_len * seq_len + 1
-    if held == 1:
+def split_holdout(shards: list[Shard], number: int, seq_len: int) -> tuple[list[Shard], np.ndarray]:
+    """Returns shards, and the whole sequences and a token held out at their end. Raises RunError."""
+    *others, last = shards
+    sequences = min(number, len(last) // 4) // seq_len
+    if not sequences:
         raise RunError(f"TRAIN_SEQ_LEN={seq_len} exceeds HOLDOUT_TOKENS or a quarter of the last train shard")
-    return shards[:-1] + [shards[-1][:-held]], shards[-1][-held:]
+    kept = len(last) - sequences * seq_len - 1
+    return [*others, Shard(last.path, kept)], last.read(kept)
 
 
-def batches(shards, span, vocab_size, first=0):
-    """Every W-th of each step's 8 spans: (8 / W, span + 1) int32, read ahead."""
+@contextmanager
+def span_loader(
+    shards: list[Shard], span: int, vocab_size: int, first_step: int = 0
+) -> Iterator[Iterator[Tensor]]:
+    """Gives this rank's spans of step after step, (SPANS / W, span + 1) int32, read ahead on a thread.
 
-    def read(step):
-        return stack(
-            [
-                check_ids(read_stream(shards, i * (span + 1), span + 1), vocab_size, f"span {i}")
-                for i in range(8 * step + rank(), 8 * step + 8, world_size())
-            ]
-        )
+    Rank r has spans r, r + W, ... of each step's eight. Reading raises RunError, OSError.
+    """
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, first)
-        for step in count(first + 1):
+    def read(step: int) -> Tensor:
+        own = range(SPANS * step + rank(), SPANS * (step + 1), world_size())
+        spans = [(read_stream(shards, i * (span + 1), span + 1), f"span {i}") for i in own]
+        return torch.stack([check_ids(tokens, vocab_size, where) for tokens, where in spans])
+
+    def steps(pool: ThreadPoolExecutor) -> Iterator[Tensor]:
+        ahead = pool.submit(read, first_step)
+        for step in count(first_step + 1):
             spans, ahead = ahead.result(), pool.submit(read, step)
             yield spans
 
-
-# ---- Model ----
-
-
-def band_of(P, T, device):
-    """A mask: T positions behind P others, each of which sees itself and P - 1 before."""
-    q, k = arange(T, device=device)[:, None], arange(P + T, device=device)
-    return (q < k) & (k <= q + P)
+    with ThreadPoolExecutor(1) as pool:
+        yield steps(pool)
 
 
-def torch_attention(q, k, v, band=None):
-    """q (B, T, H, d), k and v (B, P + T, K, d) -> (B, T, H, d), causal."""
-    if band is not None:  # no fast kernel has groups and a mask
+# ======== Model ========
+
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def window_mask(past: int, length: int, device: torch.device) -> Tensor:
+    """Returns what each of the last T of P + T positions sees, itself and P - 1 before: (T, P + T) bool."""
+    query, key = torch.arange(length, device=device)[:, None], torch.arange(past + length, device=device)
+    return (query < key) & (key <= query + past)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns attention (B, T, H, d) of q (B, T, H, d) to k and v (B, P + T, K, d); without a mask causal."""
+    causal = mask is None
+    if not causal:  # no fast kernel takes both groups and a mask
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, band, is_causal=band is None, enable_gqa=band is None
-    ).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, positions, d)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=causal).transpose(1, 2)
 
 
-def choose_attention(device):
-    """(name, function): FlashAttention 3 if it runs here, else PyTorch's."""
+def choose_attention(device: torch.device) -> tuple[str, AttentionKernel]:
+    """Returns name and kernel: FlashAttention 3 if it runs, else PyTorch's choice."""
     try:
         from flash_attn_interface import flash_attn_func
 
-        attention = lambda q, k, v, band=None: flash_attn_func(
-            q, k, v, causal=True, window_size=(k.size(1) - q.size(1) - 1, 0)
-        )
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+            return flash_attn_func(q, k, v, causal=True, window_size=(k.size(1) - q.size(1) - 1, 0))
+
         attention(*[torch.zeros(1, 128, 8, 64, device=device, dtype=torch.bfloat16)] * 3)
         return "FlashAttention 3", attention
-    except Exception:
-        return "PyTorch", torch_attention
+    except Exception as e:
+        why = f" (no FlashAttention 3: {e})".split("\n")[0] if device.type == "cuda" else ""
+        return f"PyTorch{why}", torch_attention
 
 
-norm = lambda x: F.rms_norm(x, x.shape[-1:])
+def norm(x: Tensor) -> Tensor:
+    """Returns x over its root mean square."""
+    return F.rms_norm(x, x.shape[-1:])
 
 
-def rotary_tables(length, window, dims, base, device):
-    """cos and sin, (length, 1, dims / 2) fp32; the base grows beyond windows of 1,024."""
+def rotary_tables(length: int, window: int, dims: int, base: float, device: torch.device) -> list[Tensor]:
+    """Returns cos and sin, (length, 1, dims / 2); the base grows with windows beyond 1,024."""
     base *= max(1, window / 1024) ** (dims / (dims - 2))
-    frequencies = base ** (-arange(0, dims, 2, device=device) / dims)
-    angles = torch.outer(arange(length, device=device), frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    frequencies = base ** (-torch.arange(0, dims, 2, device=device) / dims)
+    angles = torch.outer(torch.arange(length, device=device), frequencies)[:, None]
+    return [angles.cos(), angles.sin()]
 
 
-def rotate(x, cos, sin):
-    """Of x (B, T, heads, d), the first channels: i with i + dims / 2."""
-    n = cos.size(-1)
-    x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
-    return cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x (B, T, heads, d), its first channels rotated, channel i with i + dims / 2."""
+    half = cos.size(-1)
+    x1, x2, rest = x.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
-def new(*shape, value=0.0, on=True):
-    return nn.Parameter(torch.full(shape, value)) if on else None
+class KVCache:
+    """Keys (normed, not rotated) and values of the P positions before: slots (2, B, P, K, d) by execution."""
+
+    def __init__(self, slots: list[Tensor]):
+        self.slots = slots
+
+    def copy(self) -> "KVCache":
+        """Returns a cache that goes on on its own."""
+        return KVCache(list(self.slots))
 
 
-def new_lookup(rows, width, out, scale):
-    on = rows > 1
-    return new(rows, width, on=on), new(out, width, on=on and width != out), new(value=scale, on=on)
+class Matrices(NamedTuple):
+    """The banks cast for use, each (L, rows, columns); or one layer's, each (rows, columns)."""
+
+    qkv: Tensor  # rows: D of queries, K*d of keys, K*d of values
+    out: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass
+class Forward:
+    """What all layers of one forward pass share."""
+
+    cos: Tensor  # (P + T, 1, ROPE_DIMS / 2)
+    sin: Tensor
+    mask: Tensor | None = None  # (T, P + T), see window_mask(); None: causal
+    cache: KVCache | None = None
+    ranks: int = 1  # that share the positions: rank r reads the r-th T of them
+    moments: dict[str, Tensor] | None = None  # field of Matrices -> sums of x x^T to add inputs x to
+
+    def product(self, name: str, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        """Returns x W^T for a layer's matrix."""
+        if self.moments is not None:
+            flat = x.detach().flatten(0, -2).float()
+            self.moments[name][layer].addmm_(flat.mT, flat)
+        return F.linear(x, weight)
+
+    def with_past(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns past and present keys and values (B, P + T, K, d); the cache keeps the last P."""
+        kv, own, before = torch.stack((k, v)), k.size(1), 0
+        if self.ranks > 1:  # each rank adds its own part to a tensor of all
+            before = rank() * own
+            kv = _AllReduce.apply(F.pad(kv, (0, 0, 0, 0, before, (self.ranks - 1) * own - before)))
+        kv = torch.cat((self.cache.slots[slot], kv), dim=2)  # (2, B, P + ranks * T, K, d)
+        self.cache.slots[slot] = kv[:, :, own - len(self.cos) :].detach().contiguous()
+        k, v = kv.narrow(2, before, len(self.cos))
+        return k, v
+
+
+def parameter(*shape: int, value: float = 0.0) -> nn.Parameter:
+    """Returns a weight, all of one value."""
+    return nn.Parameter(torch.full(shape, value))
+
+
+def lookup_weights(rows: int, width: int, out: int, scale: float) -> list[nn.Parameter | None]:
+    """Returns table (rows, width), projection (out, width) unless out is width, scale; or Nones."""
+    if not rows:
+        return [None, None, None]
+    return [parameter(rows, width), None if width == out else parameter(out, width), parameter(value=scale)]
 
 
 class Block(nn.Module):
-    def __init__(self, s, layer, attention):
+    """A layer; its matrices are in the banks."""
+
+    def __init__(self, s: Settings, layer: int, attention: AttentionKernel):
         super().__init__()
         self.s, self.layer, self.attention, D = s, layer, attention, s.model_dim
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
-        self.attn_scale, self.mlp_scale = new(D, value=1.0), new(D, value=1.0)
-        self.q_gain = new(s.num_heads, value=s.qk_gain_init)
+        self.attn_scale, self.mlp_scale = parameter(D, value=1.0), parameter(D, value=1.0)
+        self.q_gain = parameter(s.num_heads, value=s.qk_gain_init)
+        self.input_scale = (layer + 1) ** -0.5 if s.ln_scale else 1
+        self.drops_own_value = layer >= s.num_layers - s.xsa_last_n  # XSA
 
-    def forward(self, x, x0, value_embedding, positions, past, ranks, qkv_w, o_w, up_w, down_w):
-        """x, x0 (B, T, D), value_embedding (B, T, K*d) or None -> (B, T, D). positions: cos, sin, perhaps a band."""
-        s, T, (cos, sin, *band) = self.s, x.size(1), positions
-        H, K, scale = s.num_heads, s.num_kv_heads, (self.layer + 1) ** -0.5 if s.ln_scale else 1
+    def forward(
+        self, x: Tensor, x0: Tensor, values: Tensor | None, W: Matrices, f: Forward, slot: int
+    ) -> Tensor:
+        """Returns the next x (B, T, D); x0 is the embedding, `values` (B, T, K*d) join the value vectors."""
         attn_scale, mlp_scale, mix = (
             p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale, self.resid_mix)
         )
         u = mix[0] * x + mix[1] * x0
-        q, k, v = F.linear(norm(u) * scale, qkv_w).unflatten(-1, (H + 2 * K, -1)).split((H, K, K), dim=2)
-        if value_embedding is not None:
-            v = v + value_embedding.view_as(v)
-        k, own = norm(k), v
-        if past:
-            kv, before = stack((k, v)), rank() * T if ranks > 1 else 0
-            if ranks > 1:
-                kv = AllReduce.apply(F.pad(kv, (0, 0, 0, 0, before, (ranks - 1) * T - before)))
-            kv = cat((past[self.layer], kv), dim=2)
-            past[self.layer] = kv[:, :, T - len(cos) :].detach().contiguous()
-            k, v = kv.narrow(2, before, len(cos))
-        q = rotate(norm(q), cos[-T:], sin[-T:]) * self.q_gain.to(x.dtype)[:, None]
-        a = self.attention(q, rotate(k, cos, sin), v, *band)
-        if self.layer >= s.num_layers - s.xsa_last_n:  # keep nothing along the position's own value
-            a, along = a.unflatten(2, (K, -1)), F.normalize(own, dim=-1).unsqueeze(3)
+        y = u + attn_scale * self.attend(norm(u) * self.input_scale, values, W, f, slot)
+        return y + mlp_scale * self.mlp(norm(y) * self.input_scale, W, f)
+
+    def attend(self, x: Tensor, values: Tensor | None, W: Matrices, f: Forward, slot: int) -> Tensor:
+        """Returns the attention's output (B, T, D) for x (B, T, D)."""
+        length, H, K = x.size(1), self.s.num_heads, self.s.num_kv_heads
+        qkv = f.product("qkv", self.layer, x, W.qkv).unflatten(-1, (H + 2 * K, -1))
+        q, k, v = qkv.split((H, K, K), dim=2)  # (B, T, H or K, d)
+        if values is not None:
+            v = v + values.view_as(v)
+        k, own_value = norm(k), v
+        if f.cache is not None:
+            k, v = f.with_past(slot, k, v)  # (B, P + T, K, d)
+        q = rotate(norm(q), f.cos[-length:], f.sin[-length:]) * self.q_gain.to(x.dtype)[:, None]
+        a = self.attention(q, rotate(k, f.cos, f.sin), v, f.mask)  # (B, T, H, d)
+        if self.drops_own_value:
+            a, along = (
+                a.unflatten(2, (K, -1)),
+                F.normalize(own_value, dim=-1).unsqueeze(3),
+            )  # (B, T, K, H / K, d)
             a = a - (a * along).sum(-1, keepdim=True) * along
-        y = u + attn_scale * F.linear(a.flatten(2), o_w)
-        h = F.leaky_relu(F.linear(norm(y) * scale, up_w), 0.5).square()
-        return y + mlp_scale * F.linear(h, down_w)
+        return f.product("out", self.layer, a.flatten(2), W.out)
+
+    def mlp(self, x: Tensor, W: Matrices, f: Forward) -> Tensor:
+        """Returns the MLP's output (B, T, D) for x (B, T, D)."""
+        hidden = F.leaky_relu(f.product("up", self.layer, x, W.up), 0.5).square()
+        return f.product("down", self.layer, hidden, W.down)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns -log p in nats, (B, T) fp32, of targets (B, T), by logits (B, T, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 class GPT(nn.Module):
-    """fp32 weights, cast to `dtype` where used. Banks: qo_bank (2L, D, D), layer i's query matrix at i, output at L + i;
-    kv_bank (2L, K*d, D) likewise; up_bank (L, hidden, D); down_bank (L, D, hidden)."""
+    """The language model, fp32 weights cast to `dtype` where they are used.
+
+    Banks: qo_bank (2L, D, D), layer i's query matrix at i, output at L + i; kv_bank (2L, K*d, D), k and v;
+    up_bank (L, hidden, D); down_bank (L, D, hidden).
+    """
 
     BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
 
-    def __init__(self, s, attention=torch_attention, dtype=torch.float32):
+    def __init__(
+        self, s: Settings, attention: AttentionKernel = torch_attention, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
-        self.s, self.dtype, self.encoder_layers = s, dtype, s.num_layers // 2
-        self.ve_layers = s.ve_layers if s.ve_enabled else ()
-        L, V, D, values = s.num_layers, s.vocab_size, s.model_dim, len(self.ve_layers)
+        L, V, D, bigrams = s.num_layers, s.vocab_size, s.model_dim, s.bigram_vocab_size
         KD, hidden = D // s.num_heads * s.num_kv_heads, int(s.mlp_mult * D)
-        self.qo_bank, self.kv_bank = new(2 * L, D, D), new(2 * L, KD, D)
-        self.up_bank, self.down_bank = new(L, hidden, D), new(L, D, hidden)
-        self.tok_emb, self.head = new(V, D), new(V, D, on=not s.tie_embeddings)
-        self.bigram_table, self.bigram_proj, self.bigram_scale = new_lookup(
-            s.bigram_vocab_size, s.bigram_dim, D, 0.05
-        )
-        self.ve_table, self.ve_proj, self.ve_scale = new_lookup(V if values else 0, s.ve_dim, KD, 0.1)
-        self.ve_layer_scales, self.smear_gate = new(values, value=1.0, on=values > 0), new(D)
-        self.skip_weights = new(L // 2, D, value=1.0, on=L > 1)
+        self.s, self.dtype = s, dtype
+        self.order = tuple(range(L))  # of executing the layers
+        self.encoder_length = len(self.order) // 2  # executions that leave skip connections for the others
+        self.ve_layers = s.ve_layers if s.ve_enabled else ()
+        self.rotary = {}  # rotary_tables() by length and window
+        self.qo_bank, self.kv_bank = parameter(2 * L, D, D), parameter(2 * L, KD, D)
+        self.up_bank, self.down_bank = parameter(L, hidden, D), parameter(L, D, hidden)
+        self.tok_emb, self.head = parameter(V, D), None if s.tie_embeddings else parameter(V, D)
+        bigram_weights = lookup_weights(bigrams if bigrams > 1 else 0, s.bigram_dim, D, 0.05)
+        self.bigram_table, self.bigram_proj, self.bigram_scale = bigram_weights
+        values = len(self.ve_layers)
+        self.ve_table, self.ve_proj, self.ve_scale = lookup_weights(V if values else 0, s.ve_dim, KD, 0.1)
+        self.ve_layer_scales = parameter(values, value=1.0) if values else None
+        self.smear_gate = parameter(D)
+        self.skip_weights = parameter(self.encoder_length, D, value=1.0) if L > 1 else None
         self.blocks = nn.ModuleList(Block(s, layer, attention) for layer in range(L))
 
-    @no_grad()
-    def initialize(self):
-        self.tok_emb.normal_(0, self.s.tied_embed_init_std)
-        if self.ve_layers:
-            self.ve_table.normal_(0, 0.01)
-        projections = [p for p in (self.bigram_proj, self.ve_proj) if p is not None and min(p.shape) >= 64]
-        for matrix in [*self.qo_bank[: len(self.blocks)], *self.kv_bank, *self.up_bank, *projections]:
+    @torch.no_grad()
+    def initialize(self) -> "GPT":
+        """Draw the first weights, where they are no constants, and return the model."""
+        for table, deviation in ((self.tok_emb, self.s.tied_embed_init_std), (self.ve_table, 0.01)):
+            if table is not None:
+                table.normal_(0, deviation)
+        orthogonal = [*self.qo_bank[: len(self.blocks)], *self.kv_bank, *self.up_bank]
+        orthogonal += [p for p in (self.bigram_proj, self.ve_proj) if p is not None and min(p.shape) >= 64]
+        for matrix in orthogonal:
             nn.init.orthogonal_(matrix)
         return self
 
-    def on(self, device):
+    def on(self, device: torch.device) -> "GPT":
+        """Move the model to a device, compile it for a GPU, and return it."""
         if device.type == "cuda":
             self.compile(dynamic=False, fullgraph=True)
         return self.to(device)
 
-    def banks(self):
+    def banks(self) -> list[nn.Parameter]:
+        """Returns the four banks."""
         return [getattr(self, name) for name in self.BANKS]
 
-    def quantized(self):
-        return {
-            name: w
-            for name, w in self.named_parameters(recurse=False)
-            if w.dim() > 1 and name != "skip_weights"
-        }
+    def quantized(self) -> dict[str, nn.Parameter]:
+        """Returns what the artifact rounds: banks, tables and projections."""
+        own = self.named_parameters(recurse=False)
+        return {name: w for name, w in own if w.dim() > 1 and name != "skip_weights"}
 
-    def matrices(self, steps=None):
-        """The banks, perhaps rounded to `steps`, cast: q, k, v (L, D + 2*K*d, D), o, up, down."""
+    def matrices(self, steps: dict[str, Tensor] | None = None) -> Matrices:
+        """Returns the banks cast, perhaps rounded to steps; gradients pass straight through."""
         L, banks = len(self.blocks), self.banks()
-        if steps:  # the gradient passes straight through
-            banks = [
-                (round_to(bank, steps[name], MOST) * steps[name]).detach() + (bank - bank.detach())
-                for name, bank in zip(self.BANKS, banks)
-            ]
+        if steps is not None:
+            banks = [rounded_for_training(getattr(self, name), steps[name]) for name in self.BANKS]
         qo, kv, up, down = (bank.to(self.dtype) for bank in banks)
-        return [cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down]
+        return Matrices(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down)
 
-    def forward(self, tokens, targets, *more):
-        """logits() and targets (B, T) int64 -> negative log-likelihoods in nats (B, T) fp32."""
-        logits = self.logits(tokens, *more).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    def context(
+        self,
+        length: int,
+        cache: KVCache | None = None,
+        ranks: int = 1,
+        moments: dict[str, Tensor] | None = None,
+    ) -> Forward:
+        """Returns what the layers share when each of `ranks` reads `length` positions."""
+        past, s, device = 0 if cache is None else cache.slots[0].size(2), self.s, self.tok_emb.device
+        sizes = past + length, past or length
+        if sizes not in self.rotary:
+            tables = rotary_tables(*sizes, s.rope_dims, s.rope_base, device)
+            self.rotary[sizes] = [t.to(self.dtype) for t in tables]
+        mask = window_mask(past, length, device) if past else None
+        return Forward(*self.rotary[sizes], mask, cache, ranks, moments)
 
-    def logits(self, tokens, matrices=None, past=None, ranks=1):
-        """(B, T) int64 -> (B, T, V) fp32. In a stream tokens are (B, 2 + T), with the two before, -1 for none, and `past` holds,
-        by layer, keys and values of P positions (2, B, P, K, d), which the next replace. `ranks` share the positions."""
-        s, device, layers = self.s, tokens.device, zip(*(m.unbind() for m in matrices or self.matrices()))
-        T, P = (tokens.size(1) - 2, past[0].size(2)) if past else (tokens.size(1), 0)
-        positions = [t.to(self.dtype) for t in rotary_tables(P + T, P or T, s.rope_dims, s.rope_base, device)]
-        positions += [band_of(P, T, device)] if P else []
-        x = x0 = self.embed(tokens)[:, -T:]
-        values = self.lookup("ve", tokens[:, -T:]) if self.ve_layers else None
-        skips = []
-        for i, (block, weights) in enumerate(zip(self.blocks, layers)):
-            if i >= self.encoder_layers and skips:
-                x = x + self.skip_weights[i - self.encoder_layers].to(x.dtype) * skips.pop()
-            ve = (
-                self.ve_layer_scales[self.ve_layers.index(i)].to(x.dtype) * values
-                if i in self.ve_layers
-                else None
-            )
-            x = block(x, x0, ve, positions, past, ranks, *weights)
-            if i < self.encoder_layers:
-                skips.append(x)
-        head = self.tok_emb if self.head is None else self.head
-        return s.logit_softcap * torch.tanh(F.linear(norm(x), head.to(x.dtype)).float() / s.logit_softcap)
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        matrices: Matrices | None = None,
+        context: Forward | None = None,
+    ) -> Tensor:
+        """Returns -log p in nats, (B, T) fp32, of targets (B, T) int64 behind tokens (B, T) int64.
 
-    def lookup(self, name, index):
-        table, projection, scale = (getattr(self, f"{name}_{part}") for part in ("table", "proj", "scale"))
+        In a stream there are two tokens more before, -1 for none; the context's cache is brought up to date.
+        """
+        return token_losses(self.logits(tokens, matrices, context), targets)
+
+    def logits(
+        self, tokens: Tensor, matrices: Matrices | None = None, context: Forward | None = None
+    ) -> Tensor:
+        """Returns the logits (B, T, V) fp32; tokens as in forward()."""
+        context = context or self.context(tokens.size(1))
+        present = tokens if context.cache is None else tokens[:, 2:]  # (B, T)
+        x0, values = self.embed(tokens)[:, -present.size(1) :], None
+        if self.ve_layers:
+            values = self.lookup(present, self.ve_table, self.ve_proj, self.ve_scale)
+        x = self.trunk(x0, values, matrices or self.matrices(), context)
+        head, cap = self.tok_emb if self.head is None else self.head, self.s.logit_softcap
+        return cap * torch.tanh(F.linear(norm(x), head.to(x.dtype)).float() / cap)
+
+    def lookup(self, index: Tensor, table: Tensor, projection: Tensor | None, scale: Tensor) -> Tensor:
+        """Returns a table's rows for an index (B, T), projected and scaled: (B, T, out)."""
         x = F.embedding(index, table).to(self.dtype)
         return (x if projection is None else F.linear(x, projection.to(self.dtype))) * scale.to(self.dtype)
 
-    def embed(self, tokens):
-        """Token and hashed-bigram embedding, normed, mixed with the position before: (B, T, D). Token -1 is none."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns token and hashed-bigram embedding (B, T, D), normed, smeared. Token -1 is none."""
         t = tokens.int()
         before = F.pad(t, (1, -1), value=-1)
         x = F.embedding(t.clamp(min=0), self.tok_emb).to(self.dtype)
         if self.bigram_table is not None:
             last = len(self.bigram_table) - 1
-            x = x + self.lookup("bigram", torch.where(before < 0, last, (36313 * t ^ 27191 * before) % last))
+            bucket = torch.where(before < 0, last, (36313 * t ^ 27191 * before) % last)
+            x = x + self.lookup(bucket, self.bigram_table, self.bigram_proj, self.bigram_scale)
         x, gate = norm(x) * (t >= 0)[..., None], self.smear_gate.sigmoid().to(self.dtype)
         return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))
 
-    def no_past(self, lanes):
-        s, like = self.s, dict(dtype=self.dtype, device=self.tok_emb.device)
-        return [torch.empty(2, lanes, 0, s.num_kv_heads, s.model_dim // s.num_heads, **like)] * s.num_layers
+    def trunk(self, x0: Tensor, values: Tensor | None, matrices: Matrices, context: Forward) -> Tensor:
+        """Returns the residual stream (B, T, D) after all layers of the embedding x0 (B, T, D)."""
+        x, skips, layers = (
+            x0,
+            [],
+            [Matrices(*m) for m in zip(*(bank.unbind() for bank in matrices), strict=True)],
+        )
+        for slot, layer in enumerate(self.order):
+            scaled = None
+            if layer in self.ve_layers:
+                scaled = self.ve_layer_scales[self.ve_layers.index(layer)].to(x.dtype) * values
+            if slot >= self.encoder_length and skips:
+                x = x + self.skip_weights[slot - self.encoder_length].to(x.dtype) * skips.pop()
+            x = self.blocks[layer](x, x0, scaled, layers[layer], context, slot)
+            if slot < self.encoder_length:
+                skips.append(x)
+        return x
 
-    def zero_frozen_gradients(self, n):
-        frozen = [p.grad for p in self.blocks[:n].parameters()]
-        frozen += [bank.grad.unflatten(0, (-1, len(self.blocks)))[:, :n] for bank in self.banks()]
+    def empty_cache(self, lanes: int) -> KVCache:
+        """Returns the cache of streams without a past."""
+        shape = (2, lanes, 0, self.s.num_kv_heads, self.s.model_dim // self.s.num_heads)
+        return KVCache([torch.empty(shape, dtype=self.dtype, device=self.tok_emb.device)] * len(self.order))
+
+    def zero_frozen_gradients(self, layers: int) -> None:
+        """Zero the first layers' gradients, in banks and other shared weights too."""
+        frozen = [p.grad for p in self.blocks[:layers].parameters()]
+        frozen += [bank.grad.unflatten(0, (-1, len(self.blocks)))[:, :layers] for bank in self.banks()]
+        frozen += [self.ve_layer_scales.grad[i] for i, layer in enumerate(self.ve_layers) if layer < layers]
         if self.skip_weights is not None:
-            frozen.append(self.skip_weights.grad[: max(0, n - self.encoder_layers)])
-        frozen += [self.ve_layer_scales.grad[i] for i, layer in enumerate(self.ve_layers) if layer < n]
+            frozen.append(self.skip_weights.grad[: max(0, layers - self.encoder_length)])
         for grad in frozen:
             grad.zero_()
 
 
-# ---- Optimizers ----
+# ======== Optimizers and schedules ========
 
 
-def newton_schulz(G, steps):
-    """Singular values towards 1, in bf16: https://kellerjordan.github.io/posts/muon."""
+def newton_schulz(G: Tensor, steps: int) -> Tensor:
+    """Returns G (..., rows, columns) bf16, singular values near 1 (https://kellerjordan.github.io/posts/muon)."""
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -699,207 +1088,279 @@ def newton_schulz(G, steps):
     return X.mT if tall else X
 
 
-def muon_update(grad, buffer, momentum, steps):
-    """Nesterov's, orthogonalised, in bf16."""
+@cache
+def _compiled_newton_schulz() -> Callable[[Tensor, int], Tensor]:
+    return torch.compile(newton_schulz, dynamic=False, fullgraph=True)
+
+
+def orthogonalize(G: Tensor, steps: int) -> Tensor:
+    """Returns newton_schulz(G, steps), compiled on a GPU."""
+    return _compiled_newton_schulz()(G, steps) if G.is_cuda else newton_schulz(G, steps)
+
+
+def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int) -> Tensor:
+    """Returns Nesterov's update (n, rows, columns) bf16, orthogonalised; the buffer moves on."""
     g = grad.bfloat16()
-    return newton_schulz(g.add(buffer.mul_(momentum).add_(g), alpha=momentum), steps)
+    return orthogonalize(g.add(buffer.mul_(momentum).add_(g), alpha=momentum), steps)
 
 
-def apply_muon_update(bank, update, lr, weight_decay):
-    bank.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * max(1, bank.size(-2) / bank.size(-1)) ** 0.5)
+def apply_muon_update(bank: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
+    """Decay a bank (n, rows, columns) and subtract an update, scaled for its shape."""
+    shape_factor = max(1, bank.size(-2) / bank.size(-1)) ** 0.5
+    bank.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * shape_factor)
 
 
 class Optimizers:
-    """Muon, its matrices shared out over the ranks, and AdamW."""
+    """Muon for the banks, shared out over the ranks, and AdamW for the rest.
 
-    def __init__(self, model, s):
-        self.model, self.s, groups = model, s, {}
-        self.banks = sorted(model.banks(), key=torch.numel, reverse=True)
-        self.momentum = [
-            torch.zeros_like(bank.chunk(world_size())[0], dtype=torch.bfloat16) for bank in self.banks
-        ]
+    A rank clips by the norm of all and orthogonalises its share (n / W, rows, columns) of each bank's sum;
+    updates are exchanged while AdamW runs.
+    """
+
+    def __init__(self, model: GPT, s: Settings):
+        self.model, self.s, W = model, s, world_size()
+        self.banks = sorted(model.banks(), key=torch.numel, reverse=True)  # largest first
+        self.momentum = [torch.zeros_like(bank.chunk(W)[0], dtype=torch.bfloat16) for bank in self.banks]
         table_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        rates = dict(tok_emb=table_lr, bigram_table=table_lr, ve_table=table_lr, head=s.head_lr)
+        rates = {"tok_emb": table_lr, "bigram_table": table_lr, "ve_table": table_lr, "head": s.head_lr}
+        groups = {}
         for name, p in model.named_parameters():
             if name not in model.BANKS:
                 groups.setdefault(rates.get(name, s.scalar_lr), []).append(p)
-        self.adamw = torch.optim.AdamW(
-            [dict(base_lr=lr, params=group) for lr, group in groups.items()],
-            betas=(s.beta1, s.beta2),
-            eps=s.adam_eps,
-            weight_decay=s.adam_wd,
-            fused=True,
-        )
+        adam = {"betas": (s.beta1, s.beta2), "eps": s.adam_eps, "weight_decay": s.adam_wd, "fused": True}
+        self.adamw = torch.optim.AdamW([{"base_lr": lr, "params": p} for lr, p in groups.items()], **adam)
+        self.rest = sum(groups.values(), [])
 
-    @no_grad()
-    def step(self, multiplier, momentum):
-        """Returns the norm before clipping."""
-        s, W, groups, updates, works = self.s, world_size(), self.adamw.param_groups, [], []
-        shards, grads = (
-            [bank.grad for bank in self.banks],
-            [p.grad for group in groups for p in group["params"]],
-        )
-        if W > 1:
-            shards = [torch.empty_like(buffer, dtype=torch.float32) for buffer in self.momentum]
-            for bank, shard in zip(self.banks, shards):
-                dist.reduce_scatter(
-                    shard, [*F.pad(bank.grad, (0, 0, 0, 0, 0, len(shard) * W - len(bank))).chunk(W)]
-                )
-            all_reduce_list(grads)
-        self.norms = stack(torch._foreach_norm(shards + grads))
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns gradients, summed over the ranks: this rank's share of each bank's, all others."""
+        W, rest = world_size(), [p.grad for p in self.rest]
+        if W == 1:
+            return [bank.grad for bank in self.banks], rest
+        shards = [torch.empty_like(buffer, dtype=torch.float32) for buffer in self.momentum]
+        for bank, shard in zip(self.banks, shards, strict=True):
+            missing = len(shard) * W - len(bank)  # matrices that fill up the last shares
+            dist.reduce_scatter(shard, list(F.pad(bank.grad, (0, 0, 0, 0, 0, missing)).chunk(W)))
+        all_reduce_list(rest)
+        return shards, rest
+
+    @torch.no_grad()
+    def step(self, multiplier: float, momentum: float) -> Tensor:
+        """Move the weights, drop their gradients and return the norm before clipping, ()."""
+        s, W, (shards, rest) = self.s, world_size(), self.gradients()
+        self.norms = torch.stack(torch._foreach_norm(shards + rest))
         squares, own = self.norms.square(), len(shards)
         total = (all_reduce(squares[:own].sum()) + squares[own:].sum()).sqrt()
         if s.grad_clip_norm:
-            torch._foreach_mul_(shards + grads, (s.grad_clip_norm / (total + 1e-6)).clamp(max=1))
-        for shard, buffer in zip(shards, self.momentum):
-            own = muon_update(shard, buffer, momentum, s.muon_backend_steps).contiguous()
-            updates.append(own.repeat(W, 1, 1))
+            torch._foreach_mul_(shards + rest, (s.grad_clip_norm / (total + 1e-6)).clamp(max=1))
+        updates, exchanges = [], []
+        for shard, buffer in zip(shards, self.momentum, strict=True):
+            own_update = muon_update(shard, buffer, momentum, s.muon_backend_steps).contiguous()
+            updates.append(own_update.repeat(W, 1, 1))
             if W > 1:
-                works.append(dist.all_gather([*updates[-1].chunk(W)], own, async_op=True))
-        for group in groups:
+                exchanges.append(dist.all_gather(list(updates[-1].chunk(W)), own_update, async_op=True))
+        for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
-        for work in works:
-            work.wait()
-        for bank, update in zip(self.banks, updates):
+        for exchange in exchanges:
+            exchange.wait()
+        for bank, update in zip(self.banks, updates, strict=True):
             apply_muon_update(bank, update[: len(bank)], s.matrix_lr * multiplier, s.muon_wd)
         self.model.zero_grad()
         return total
 
+    def first_not_finite(self) -> str:
+        """Returns the first weight of no finite gradient, on any rank. All ranks ask."""
+        bad = all_reduce(self.norms.clone()).isfinite().logical_not().tolist()
+        wrong = [p for p, is_bad in zip(self.banks + self.rest, bad, strict=True) if is_bad]
+        return next((name for name, p in self.model.named_parameters() if wrong and p is wrong[0]), "")
 
-def lr_multiplier(step, s, elapsed, budget):
-    """1, then linearly to 0 in the last WARMDOWN_ITERS."""
-    left = s.iterations - step
+    def state_dict(self) -> State:
+        """Returns AdamW's state and whole banks' momenta, whatever W is. All ranks ask."""
+        whole = []
+        for bank, own in zip(self.banks, self.momentum, strict=True):
+            shards = [torch.empty_like(own) if world_size() > 1 else own for _ in range(world_size())]
+            if world_size() > 1:
+                dist.all_gather(shards, own)
+            whole.append(torch.cat(shards)[: len(bank)])
+        return {"adamw": self.adamw.state_dict(), "momentum": whole}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state_dict(), perhaps of other ranks."""
+        self.adamw.load_state_dict(state["adamw"])
+        for buffer, whole in zip(self.momentum, state["momentum"], strict=True):
+            own = whole[rank() * len(buffer) :][: len(buffer)]
+            buffer.zero_()[: len(own)] = own
+
+
+def warmdown_left(step: int, s: Settings, elapsed: float, budget: float) -> float:
+    """Returns the share of the warm-down to come, 1 to 0; by time if the budget of seconds is finite."""
+    steps = s.iterations - step
     if budget < math.inf:
-        left = max(budget - elapsed, 0) * max(step, 1) / max(elapsed, 1e-9)
-    return min(1.0, left / max(s.warmdown_iters, 1))
+        steps = max(budget - elapsed, 0) * max(step, 1) / max(elapsed, 1e-9)
+    return min(1.0, steps / max(s.warmdown_iters, 1))
 
 
-def muon_momentum(step, s):
-    return np.interp(
-        step, (0, max(s.muon_momentum_warmup_steps, 1)), (s.muon_momentum_warmup_start, s.muon_momentum)
-    )
+def lr_multiplier(left: float) -> float:
+    """Returns the learning rates' factor when a share `left` of the warm-down is to come."""
+    return left
 
 
-# ---- Averaging ----
+def muon_momentum(step: int, s: Settings) -> float:
+    """Returns Muon's momentum at a step: it rises in a line."""
+    steps = (0, max(s.muon_momentum_warmup_steps, 1))
+    return float(np.interp(step, steps, (s.muon_momentum_warmup_start, s.muon_momentum)))
 
 
-class WeightAverages:
-    def __init__(self, weights, s):
-        self.weights, self.s, self.samples = weights, s, 0
-        self.averages = dict(ema=copies(weights)) if s.ema_enabled else {}
-
-    @no_grad()
-    def update(self, step, multiplier):
-        s, averages = self.s, self.averages
-        if s.ema_enabled:
-            torch._foreach_lerp_(
-                averages["ema"], self.weights, 1 - min(s.ema_decay, (1 + step) / (10 + step))
-            )
-        if s.swa_enabled and multiplier < 0.2 and step % s.swa_every == 0:
-            self.samples += 1
-            torch._foreach_lerp_(
-                averages.setdefault("swa", copies(self.weights)), self.weights, 1 / self.samples
-            )
+# ======== Averaging ========
 
 
-# ---- Quantization ----
+class Averages(Stateful):
+    """Weights for held-out text to choose from: the last step's, their exponential and plain average."""
 
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+    STATE = ("ema", "swa", "samples")
+
+    def __init__(self, weights: list[Tensor], s: Settings):
+        self.weights, self.s, self.swa, self.samples = weights, s, [], 0
+        self.ema = copies(weights) if s.ema_enabled else []
+
+    @torch.no_grad()
+    def update(self, step: int, left: float) -> bool:
+        """Add the weights, `left` of the warm-down to come; return if the plain average begins."""
+        decay = min(self.s.ema_decay, (1 + step) / (10 + step))  # rises, or short runs would keep their start
+        if self.ema:
+            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+        if not self.s.swa_enabled or left >= 0.2 or step % self.s.swa_every != 0:
+            return False
+        self.samples += 1
+        self.swa = self.swa or copies(self.weights)
+        torch._foreach_lerp_(self.swa, self.weights, 1 / self.samples)
+        return self.samples == 1
+
+    def candidates(self) -> dict[str, list[Tensor]]:
+        """Returns what there is to choose from."""
+        every = {"raw": copies(self.weights), "ema": self.ema, "swa": self.swa}
+        return {name: values for name, values in every.items() if values}
+
+
+# ======== Quantization ========
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # the record's
+RECORD_LIMIT = 31  # the record's largest integer: int6
 TINY = 2.0**-24  # the least fp16 above zero
-MOST = 4095  # a weight's largest integer
+MOST = 4095  # the largest integer of a weight
+REACH = 900  # steps in a row's largest weight, at most, before the knob
+CALIBRATION_TOKENS = 2048  # whose squared gradient is one sample of the Fisher information
+
+Steps = dict[str, Tensor]  # NAME of a weight (..., rows, columns) -> step of each row (..., rows, 1) fp32
 
 
-def round_to(w, step, limit):
+def round_to(w: Tensor, step: Tensor, limit: int) -> Tensor:
+    """Returns w in steps, rounded to integers within [-limit, limit]."""
     return (w / step).round().clamp(-limit, limit)
 
 
-def clip_steps(w, quantiles, limit, floor=TINY, dtype=torch.half):
-    """The record's: each row's quantile of |w|, over limit, of least squared error."""
-    clips = torch.quantile(w.abs(), w.new_tensor(quantiles), dim=1, keepdim=True)
-    return min(
-        ((clip / limit).clamp_min(floor).to(dtype).float() for clip in clips),
-        key=lambda step: (round_to(w, step, limit) * step - w).square().mean().item(),
-    )
+def rounded_for_training(bank: Tensor, step: Tensor) -> Tensor:
+    """Returns the bank on its grid; the gradient passes straight through."""
+    return (round_to(bank, step, MOST) * step).detach() + (bank - bank.detach())
 
 
-def calibrate(model, tokens, seq_len):
-    """Of tokens (N + 1,): the mean x x^T of inputs of qkv, o, up, down; each row's Fisher information (..., rows, 1), the mean
-    squared gradient of a token's loss for a label drawn by the model."""
-    count = (len(tokens) - 1) // seq_len * seq_len
-    groups = tokens[:count].view(-1, seq_len).long().split(max(1, 2048 // seq_len))
-    weights, matrices, linear = model.quantized(), model.matrices(), F.linear
+def clip_steps(
+    w: Tensor, quantiles: Sequence[float], limit: int, floor: float = TINY, dtype: torch.dtype = torch.half
+) -> Tensor:
+    """Returns the record's steps (rows, 1) of w (rows, columns): the quantile of |w| of least error."""
+    clips = torch.quantile(w.abs(), w.new_tensor(quantiles), dim=1, keepdim=True)  # (quantiles, rows, 1)
+    steps = [(clip / limit).clamp_min(floor).to(dtype).float() for clip in clips]
+    errors = [(round_to(w, step, limit) * step - w).square().mean().item() for step in steps]
+    return steps[errors.index(min(errors))]
+
+
+class Calibration(NamedTuple):
+    """What calibrate() finds."""
+
+    moments: dict[str, Tensor]  # field of Matrices -> mean of x x^T over inputs x (L, columns, columns)
+    fisher: Steps  # weight -> Fisher information of each row, its mean squared gradient
+
+
+def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS) -> Calibration:
+    """Returns what is known on tokens (N + 1,), over all ranks; labels are the model's. Raises RunError."""
+    number = (len(tokens) - 1) // seq_len * seq_len
+    groups = tokens[:number].view(-1, seq_len).long().split(max(1, CALIBRATION_TOKENS // seq_len))
+    weights, matrices, (low, high) = model.quantized(), model.matrices(), share(len(groups))
     fisher = {name: torch.zeros_like(w[..., :1]) for name, w in weights.items()}
-    moments = [m.new_zeros(len(m), m.size(2), m.size(2), dtype=torch.float32) for m in matrices]
-    sums = {one.data_ptr(): total for pair in zip(matrices, moments) for one, total in zip(*pair)}
-
-    def recorded(x, weight):
-        if weight.data_ptr() in sums:
-            flat = x.detach().flatten(0, -2).float()
-            sums[weight.data_ptr()].addmm_(flat.mT, flat)
-        return linear(x, weight)
-
-    low, high = share(len(groups))
+    shapes = {name: (len(m), m.size(2), m.size(2)) for name, m in matrices._asdict().items()}
+    moments = {name: torch.zeros(shape, device=tokens.device) for name, shape in shapes.items()}
+    context = model.context(seq_len, moments=moments)
     for i in range(low, high):
-        notify("progress", "calibration", (i + 1 - low) / (high - low))
-        with patch.object(F, "linear", recorded):
-            logits = model.logits(groups[i], matrices).flatten(0, 1)
-        random = torch.empty_like(logits).exponential_(
-            generator=torch.Generator(tokens.device).manual_seed(i)
-        )
-        F.cross_entropy(logits, (logits - random.log()).argmax(dim=-1), reduction="sum").backward()
+        report_progress(hooks, "calibration", (i + 1 - low) / (high - low))
+        logits = model.logits(groups[i], matrices, context).flatten(0, 1)
+        generator = torch.Generator(tokens.device).manual_seed(i)
+        gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+        labels = (logits + gumbel).argmax(dim=-1)  # drawn from the softmax
+        F.cross_entropy(logits, labels, reduction="sum").backward()
         for name, w in weights.items():
             fisher[name] += w.grad.square().mean(dim=-1, keepdim=True)
         model.zero_grad()
-    sums = [*moments, *fisher.values()]
+    sums = [*moments.values(), *fisher.values()]
     all_reduce_list(sums)
-    torch._foreach_div_(sums, count)
-    sums[-1].cpu()  # this is timed
-    return dict(zip(("qkv", "o", "up", "down"), moments)), fisher
+    torch._foreach_div_(sums, number)
+    finite = all(f.isfinite().all() for f in fisher.values())  # else training will say what is wrong
+    for name, bank in moments.items():  # waits for the device, since this is timed
+        unseen = [layer for layer, m in enumerate(bank) if not m.any()]
+        if unseen and finite:
+            raise RunError(f"calibration: no inputs of the matrices '{name}' of layers {unseen}")
+    return Calibration(moments, fisher)
 
 
-@no_grad()
-def base_steps(model, fisher):
-    """(..., rows, 1): as fine as the record's, ~ 1 / sqrt(Fisher information), so that a bit is worth the same everywhere,
-    within 8 times the matrix's."""
-    weights, steps = model.quantized(), {}
-    record = {name: cat([clip_steps(m, CLIP_QUANTILES, 31) for m in weights[name]]) for name in model.BANKS}
-    for name, f in fisher.items():
-        mean = f.mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-        steps[name] = f.clamp(mean / 64, mean * 64).rsqrt()
-    octaves = sum(
-        (step.log2().mean() - steps[name].log2().mean()) * weights[name].numel()
-        for name, step in record.items()
-    )
+@torch.no_grad()
+def base_steps(model: GPT, fisher: Steps) -> Steps:
+    """Returns rows' steps before the knob: as 1 / sqrt(Fisher information) a bit is worth the same in all.
+
+    Within 8 times their mean, and in the mean of logarithms the banks' as fine as the record's.
+    """
+    weights, steps, octaves = model.quantized(), {}, 0
+    for name, information in fisher.items():
+        mean = information.mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+        steps[name] = information.clamp(mean / 64, mean * 64).rsqrt()
+    for name in model.BANKS:
+        record = torch.cat([clip_steps(m, CLIP_QUANTILES, RECORD_LIMIT) for m in weights[name]])
+        octaves += (record.log2().mean() - steps[name].log2().mean()) * weights[name].numel()
     ratio = (octaves / sum(map(torch.numel, model.banks()))).exp2()
     return {
-        name: (steps[name] * ratio).maximum(w.abs().amax(-1, keepdim=True) / 900)
+        name: (steps[name] * ratio).maximum(w.abs().amax(-1, keepdim=True) / REACH)
         for name, w in weights.items()
     }
 
 
-def scaled(base, knob):
-    """base times knob, rounded to eighths of octaves."""
-    return {
-        name: (8 * (step * knob).log2()).round().div(8).exp2().clamp(TINY, 65504).half().float()
-        for name, step in base.items()
-    }
+def scaled(base: Steps, knob: float) -> Steps:
+    """Returns the steps times the knob, in eighths of octaves, within fp16."""
+    octaves = {name: (8 * (step * knob).log2()).round().div(8) for name, step in base.items()}
+    return {name: octave.exp2().clamp(TINY, 65504).half().float() for name, octave in octaves.items()}
 
 
-def factor(moments):
-    """(columns by falling input; so ordered, upper Cholesky factors of the damped moments' inverses, in place)."""
+class Factor(NamedTuple):
+    """What factor() makes of matrices' inputs."""
+
+    order: Tensor  # (n, columns), columns by falling mean square of their input
+    upper: Tensor  # (n, columns, columns), upper Cholesky factors of the inverse moments, in that order
+
+
+def factor(moments: Tensor) -> Factor:
+    """Returns GPTQ's factors of moments (n, columns, columns), which are overwritten."""
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    for m, o in zip(moments, order):
+    for m, o in zip(moments, order, strict=True):
         damped = m[o][:, o]
         damped.diagonal().add_((0.05 * m.trace() / len(m)).clamp_min(1e-9))
         m.copy_(torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True))
-    return order, moments
+    return Factor(order, moments)
 
 
-def gptq(bank, step, order, upper):
-    """Integers of bank (n, rows, columns): the columns to come make good each one's rounding (arXiv 2210.17323)."""
-    order = order[:, None].expand_as(bank)
-    w, q, step = bank.gather(2, order), torch.empty_like(bank), step[..., 0]
+def gptq(bank: Tensor, step: Tensor, factors: Factor) -> Tensor:
+    """Returns a bank's integers, fp32 (n, rows, columns); later columns make good each rounding.
+
+    GPTQ, arXiv 2210.17323.
+    """
+    order = factors.order[:, None].expand_as(bank)
+    w, q, step, upper = bank.gather(2, order), torch.empty_like(bank), step[..., 0], factors.upper
     for j in range(w.size(2)):
         q[..., j] = (w[..., j] / step).round()
         error = (w[..., j] - q[..., j] * step) / upper[:, j, j, None]
@@ -907,56 +1368,57 @@ def gptq(bank, step, order, upper):
     return w.scatter_(2, order, q)
 
 
-@no_grad()
-def quantize(weights, steps, factors={}):
-    """NAME -> int16, NAME.scale -> fp16 for what has steps, else NAME -> fp16. Without factors: to the nearest."""
-    inputs = dict(qo_bank="qkv o", kv_bank="qkv qkv", up_bank="up", down_bank="down")
+# The fields of Matrices whose inputs a bank's parts have
+BANK_INPUTS = {
+    "qo_bank": ("qkv", "out"),
+    "kv_bank": ("qkv", "qkv"),
+    "up_bank": ("up",),
+    "down_bank": ("down",),
+}
+
+
+@torch.no_grad()
+def quantize(weights: Named, steps: Steps, factors: Mapping[str, Factor] | None = None) -> dict[str, Tensor]:
+    """Returns NAME int16 and NAME.scale fp16 of weights with steps, NAME fp16 of others; factors: by GPTQ."""
     stored = {name: w.half() for name, w in weights.items() if name not in steps}
-    for i, (name, step) in enumerate(steps.items()):
-        notify("progress", "rounding" if factors else "", i / len(steps))
-        q = weights[name] / step
-        if factors and name in inputs:
-            q = gptq(weights[name], step, *map(cat, zip(*map(factors.get, inputs[name].split()))))
-        stored[name], stored[name + ".scale"] = q.round_().clamp_(-MOST, MOST).short(), step.half()
+    for name, step in steps.items():
+        integers = weights[name] / step
+        if factors is not None and name in BANK_INPUTS:
+            parts = zip(*(factors[inputs] for inputs in BANK_INPUTS[name]), strict=True)
+            integers = gptq(weights[name], step, Factor(*map(torch.cat, parts)))
+        stored[name], stored[name + ".scale"] = integers.round_().clamp_(-MOST, MOST).short(), step.half()
     return stored
 
 
-def dequantize(stored):
-    return {
-        name: t.float() * stored.get(name + ".scale", 1)
-        for name, t in stored.items()
-        if not name.endswith(".scale")
-    }
+def dequantize(stored: Named) -> dict[str, Tensor]:
+    """Returns the weights, fp32, of what quantize() returned."""
+    names = [name for name in stored if not name.endswith(".scale")]
+    return {name: stored[name].float() * stored.get(name + ".scale", 1) for name in names}
 
 
-# ---- Entropy coding and artifact ----
+# ======== Coding and artifact ========
 
-PRECISION = 14
-SYMBOLS = 2 * MOST + 1
+PRECISION = 14  # bits of a symbol's frequency
+SYMBOLS, CONTEXTS = 2 * MOST + 1, 32  # a symbol is an integer + MOST
 
 
-def row_contexts(q):
-    """(..., rows), 0 to 31: the rms of each row of q in half octaves."""
+def row_contexts(q: Tensor) -> Tensor:
+    """Returns each row's context (..., rows) uint8, 0 to 31: its rms in half octaves."""
     return (4 + 2 * (0.25 + q.float().square().mean(dim=-1).sqrt()).log2()).round().byte()
 
 
-def count_symbols(stored):
-    """(32, SYMBOLS): how often a context has an integer + MOST."""
-    return (
-        sum(
-            torch.bincount(
-                (row_contexts(q).int()[..., None] * SYMBOLS + MOST + q).flatten(), minlength=32 * SYMBOLS
-            )
-            for q in stored.values()
-            if q.dtype == torch.int16
-        )
-        .view(32, -1)
-        .cpu()
-    )
+def count_symbols(stored: Named) -> Tensor:
+    """Returns each context's count of each symbol, (CONTEXTS, SYMBOLS) int64, CPU."""
+    counts = torch.zeros(CONTEXTS * SYMBOLS, dtype=torch.int64)
+    for q in stored.values():
+        if q.dtype == torch.int16:
+            index = row_contexts(q).int()[..., None] * SYMBOLS + MOST + q
+            counts += torch.bincount(index.flatten(), minlength=len(counts)).cpu()
+    return counts.view(CONTEXTS, SYMBOLS)
 
 
-def estimate_bytes(stored):
-    """By the integers' entropy."""
+def estimate_bytes(stored: Named) -> float:
+    """Returns about the artifact's bytes, by the integers' entropy."""
     counts = count_symbols(stored).double()
     nats = -torch.xlogy(counts, counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).sum().item()
     return (
@@ -964,33 +1426,45 @@ def estimate_bytes(stored):
     )
 
 
-def fit_knob(s, model, size, limit, knob):
-    """MATRIX_STEP, if its size(knob) fits `limit` bytes, else a knob for (limit - 20,000, limit]."""
-    weights = sum(map(torch.numel, model.quantized().values()))  # from each, twice the knob takes a bit
-    for _ in range(16):
+SLACK_BYTES = 20_000  # that the artifact may stay below its limit
+
+
+def fit_knob(s: Settings, model: GPT, size: Callable[[float], float], limit: int, knob: float) -> float:
+    """Returns MATRIX_STEP if its size(knob) fits, else a knob for (limit - SLACK_BYTES, limit] bytes.
+
+    Twice the knob takes a bit from each weight; the last of 16 tries counts.
+    """
+    weights = sum(map(torch.numel, model.quantized().values()))
+    for tries in count(1):
         excess = size(knob) - limit
-        if excess <= 0 and (excess > -20000 or knob <= s.matrix_step) or knob > 1000 * s.matrix_step:
+        fits = excess <= 0 and (excess > -SLACK_BYTES or knob <= s.matrix_step)
+        if fits or knob > 1000 * s.matrix_step or tries == 16:
             break
-        knob = max(s.matrix_step, knob * 2 ** (8 * (excess + 8000) / weights))
+        knob = max(s.matrix_step, knob * 2 ** (8 * (excess + 0.4 * SLACK_BYTES) / weights))
     return knob
 
 
-lanes_of = lambda n: max(16, min(2048, n // 16384))
+def lanes_of(n: int) -> int:
+    """Returns how many lanes code n symbols."""
+    return max(16, min(2048, n // 16384))
 
 
-def frequencies(counts):
-    """Like counts (contexts, symbols), at least 1 for what occurs, 2 ** PRECISION for a context."""
-    some, sums = counts > 0, counts.cumsum(axis=1)
-    shares = (2**PRECISION - some.sum(axis=1, keepdims=True)) / sums[:, -1:]
-    return np.uint64(np.diff(np.rint(sums * shares), prepend=0) + some)
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """Returns shares like counts (contexts, symbols), uint64, of 2 ** PRECISION, 1 at least."""
+    occurs, sums = counts > 0, counts.cumsum(axis=1)
+    shares = (2**PRECISION - occurs.sum(axis=1, keepdims=True)) / sums[:, -1:]
+    return np.uint64(np.diff(np.rint(sums * shares), prepend=0) + occurs)
 
 
-def rans_encode(frequency, contexts, symbols):
-    """Of symbols (n,), by contexts (n,) and frequency (contexts, symbols) uint64: rANS (arXiv 1311.2540), interleaved (arXiv
-    1402.3392). Lane i codes symbols i, i + lanes, ..., last first; its state, 2^16 to 2^32, spills 16 bits."""
+def rans_encode(frequency: np.ndarray, contexts: np.ndarray, symbols: np.ndarray) -> bytes:
+    """Returns the code of symbols (n,), by contexts (n,) and frequency (contexts, symbols) uint64.
+
+    rANS (arXiv 1311.2540), interleaved (arXiv 1402.3392): lane i has symbols i, i + lanes, ..., last first;
+    its state, 2^16 to 2^32, spills 16 bits when full.
+    """
     start, lanes, words = frequency.cumsum(axis=1) - frequency, lanes_of(len(symbols)), []
     states = np.full(lanes, 2**16, np.uint64)
-    for row in range(0, len(symbols), lanes)[::-1]:
+    for row in reversed(range(0, len(symbols), lanes)):
         at = contexts[row : row + lanes], symbols[row : row + lanes]
         f, x = frequency[at], states[: len(at[0])]
         full = x >= f << (32 - PRECISION)
@@ -1000,20 +1474,20 @@ def rans_encode(frequency, contexts, symbols):
     return b"".join([states.astype("<u4"), *words[::-1]])
 
 
-def rans_decode(frequency, contexts, code):
-    """The symbols (n,) int16. Raises ValueError at what no encoder wrote."""
+def rans_decode(frequency: np.ndarray, contexts: np.ndarray, code: bytes) -> np.ndarray:
+    """Returns the symbols (n,) int16. Raises ValueError at what no encoder wrote."""
     start, lanes = frequency.cumsum(axis=1) - frequency, lanes_of(len(contexts))
-    symbol_at = np.stack([np.repeat(np.arange(len(f)), np.int64(f)) for f in frequency])
-    states, words = (
-        np.uint64(np.frombuffer(code, "<u4", lanes)),
-        np.uint64(np.frombuffer(code, "<u2", offset=4 * lanes)),
-    )
+    symbol_at = np.stack(
+        [np.repeat(np.arange(len(f)), np.int64(f)) for f in frequency]
+    )  # (contexts, 2^PRECISION)
+    states = np.uint64(np.frombuffer(code, "<u4", lanes))
+    words = np.uint64(np.frombuffer(code, "<u2", offset=4 * lanes))
     symbols = np.empty(len(contexts), np.int16)
     for row in range(0, len(contexts), lanes):
         context = contexts[row : row + lanes]
         x = states[: len(context)]
         slot = x % 2**PRECISION
-        symbols[row : row + lanes] = symbol = symbol_at[context, slot]
+        symbol = symbols[row : row + lanes] = symbol_at[context, slot]
         x[:] = frequency[context, symbol] * (x >> PRECISION) + slot - start[context, symbol]
         low = x < 2**16
         spilled, words = np.split(words, [np.count_nonzero(low)])
@@ -1024,529 +1498,809 @@ def rans_decode(frequency, contexts, code):
 
 
 MAGIC = b"GPT16MB2"
-LOCAL = "DATA_PATH TOKENIZER_PATH RUN_ID ARTIFACT_PATH ARTIFACT_LIMIT EVAL_ONLY CHECKPOINT_EVERY RESUME AUDIT".split()
-NAMES = [name.lower() for name in FIELDS if name not in LOCAL]
+HASH_END, SIDE_START = 40, 44  # behind magic and SHA-256; behind the length of the xz stream
 
 
-def pack_artifact(s, fingerprint, stored):
-    """Magic; SHA-256 of the rest; length, 4 bytes, of the xz stream of an .npz file; that; rANS code of all integers + MOST.
-    The file: `header` (JSON), quantize()'s fp16, contexts as NAME.rows, `frequency`."""
-    stored = {name: t.cpu() for name, t in stored.items()}
-    counts = count_symbols(stored).numpy()
-    counts[~counts.any(axis=1), 0] = 1
-    frequency = frequencies(counts)
-    integers = {name: stored.pop(name) for name, t in [*stored.items()] if t.dtype == torch.int16}
-    rows = {name + ".rows": row_contexts(q) for name, q in integers.items()}
-    columns = {name: q.size(-1) for name, q in integers.items()}
-    contexts, symbols = (
-        cat([t.flatten() for t in parts]).numpy()
-        for parts in (
-            map(torch.Tensor.repeat_interleave, rows.values(), columns.values()),
-            (q + MOST for q in integers.values()),
-        )
-    )
-    settings = {name: show(getattr(s, name)) for name in NAMES}
-    header = json.dumps(dict(tokenizer=fingerprint, settings=settings, columns=columns)).encode()
+def pack_artifact(s: Settings, fingerprint: str, stored: Named) -> bytes:
+    """Returns the artifact of what quantize() returned; `fingerprint` is the tokenizer's.
+
+    Magic; SHA-256 of the rest; length (4 bytes) of the xz stream of an .npz file; that; rANS code.
+    The file: `header` (JSON), fp16 tensors, contexts of integers as NAME.rows, `frequency`.
+    """
+    integers = {name: t.cpu() for name, t in stored.items() if t.dtype == torch.int16}
+    halves = {name: t.cpu() for name, t in stored.items() if t.dtype != torch.int16}
+    counts = count_symbols(integers).numpy()
+    counts[~counts.any(axis=1), 0] = 1  # of contexts that do not occur
+    frequency, columns = frequencies(counts), {name: q.size(-1) for name, q in integers.items()}
+    rows = {name: row_contexts(q) for name, q in integers.items()}
+    contexts = torch.cat([rows[name].flatten().repeat_interleave(n) for name, n in columns.items()])
+    symbols = torch.cat([(q + MOST).flatten() for q in integers.values()])
+    settings = {name: show(getattr(s, name)) for name in KEPT}
+    header = json.dumps({"tokenizer": fingerprint, "settings": settings, "columns": columns}).encode()
+    arrays = {"header": np.frombuffer(header, np.uint8), "frequency": np.uint16(frequency)}
     file = io.BytesIO()
-    np.savez(file, header=np.frombuffer(header, np.uint8), frequency=np.uint16(frequency), **rows, **stored)
+    np.savez(file, **arrays, **{f"{name}.rows": r for name, r in rows.items()}, **halves)
     side = lzma.compress(file.getvalue(), preset=9)
-    packed = len(side).to_bytes(4, "little") + side + rans_encode(frequency, contexts, symbols)
+    packed = (
+        len(side).to_bytes(4, "little") + side + rans_encode(frequency, contexts.numpy(), symbols.numpy())
+    )
     return MAGIC + hashlib.sha256(packed).digest() + packed
 
 
-def unpack_artifact(data, path):
-    """(tokenizer fingerprint, settings, what quantize() gave); executes nothing."""
-    if data[:40] != MAGIC + hashlib.sha256(data[40:]).digest():
+class Artifact(NamedTuple):
+    """What an artifact holds."""
+
+    fingerprint: str  # SHA-256 of its tokenizer
+    settings: dict[str, Any]
+    stored: dict[str, Tensor]  # as quantize() returned it
+
+
+def side_bytes(data: bytes) -> int:
+    """Returns how many of an artifact's bytes are not the integers' code."""
+    return SIDE_START + int.from_bytes(data[HASH_END:SIDE_START], "little")
+
+
+def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
+    """Returns what pack_artifact() was given; executes nothing. Raises RunError."""
+    if data[:HASH_END] != MAGIC + hashlib.sha256(data[HASH_END:]).digest():
         raise RunError(f"artifact {path}: truncated, altered or no artifact")
     try:
-        end = 44 + int.from_bytes(data[40:44], "little")
-        arrays = dict(np.load(io.BytesIO(lzma.decompress(data[44:end]))))
+        end, position = side_bytes(data), 0
+        arrays = dict(np.load(io.BytesIO(lzma.decompress(data[SIDE_START:end]))))
         header = json.loads(bytes(arrays.pop("header")))
         settings = {name: parse_value(name.upper(), str(text)) for name, text in header["settings"].items()}
-        if settings.keys() != set(NAMES):
+        if settings.keys() != set(KEPT):
             raise ValueError("it has other settings")
-        contexts = {
-            name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in header["columns"].items()
-        }
-        flat = np.concatenate([*contexts.values()], axis=None)
+        columns = header["columns"]
+        contexts = {name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in columns.items()}
+        flat = np.concatenate([context.ravel() for context in contexts.values()])
         symbols = rans_decode(np.uint64(arrays.pop("frequency")), flat, data[end:]) - MOST
-        for name, own in contexts.items():
-            arrays[name], symbols = symbols[: own.size].reshape(own.shape), symbols[own.size :]
-        return header["tokenizer"], settings, {name: torch.from_numpy(a) for name, a in arrays.items()}
+        for name, context in contexts.items():
+            arrays[name] = symbols[position : position + context.size].reshape(context.shape)
+            position += context.size
+        return Artifact(
+            header["tokenizer"], settings, {name: torch.from_numpy(a) for name, a in arrays.items()}
+        )
     except Exception as e:
         raise RunError(f"artifact {path}: not of this version's format ({e})") from None
 
 
-# ---- Scoring ----
+def settings_for_scoring(environ: Mapping[str, str], artifact: Artifact, run_id: str) -> Settings:
+    """Returns an artifact's settings under the environment's. Raises RunError."""
+    s = parse_settings(environ, artifact.settings | {"run_id": run_id})
+    for name, f in FIELDS.items():
+        kept = artifact.settings.get(name.lower())
+        if f.metadata["kept"] == "fixed" and getattr(s, name.lower()) != kept:
+            raise RunError(f"{assignments(s, [name])}, but the artifact has {show(kept)}")
+    return s
 
 
-def plan_windows(targets, window, stride):
-    """(n, 3): a window's start, begin and end of its targets. The first scores all, a later one its last `stride`, the last
-    what is left."""
+def load_for_scoring(
+    artifact: Artifact, path: Path, run: Run, attention: AttentionKernel, fingerprint: str
+) -> GPT:
+    """Returns an artifact's model, ready to score. Raises RunError."""
+    if artifact.fingerprint != fingerprint:
+        raise RunError(f"artifact {path}: made with another tokenizer than {run.settings.tokenizer_path}")
+    model = GPT(run.settings, attention, run.dtype)
+    try:
+        model.load_state_dict(dequantize(artifact.stored))
+    except RuntimeError:
+        raise RunError(f"artifact {path}: not the tensors of its settings") from None
+    return model.on(run.device)
+
+
+# ======== Scoring ========
+
+
+def plan_windows(targets: int, window: int, stride: int) -> Tensor:
+    """Returns (n, 3) int64: each window's start and [first, last) of its targets: all, later `stride`."""
     window = min(window, targets)
-    end = F.pad(arange(window, targets, stride), (0, 1), value=targets)
-    return stack((end - window, F.pad(end[:-1], (1, 0)), end), dim=1)
+    end = F.pad(torch.arange(window, targets, stride), (0, 1), value=targets)
+    return torch.stack((end - window, F.pad(end[:-1], (1, 0)), end), dim=1)
 
 
 class Score(NamedTuple):
+    """Sums over scored targets."""
+
     nats: float = 0
     tokens: float = 0
     bytes: float = 0
-    val_loss = property(lambda self: self.nats / max(self.tokens, 1))
-    val_bpb = property(lambda self: self.nats / math.log(2) / max(self.bytes, 1))
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
 
 
-score_of = lambda sums: Score(*sums.tolist())
+@dataclass
+class Read:
+    """A forward pass over a text and what came of it."""
+
+    scorer: "Scorer"
+    at: Tensor  # (B, T), positions
+    matrices: Matrices
+    cache: KVCache | None  # as it was before
+    ranks: int
+    losses: Tensor  # (B, T), in nats
 
 
 class Scorer:
-    """Of tokens (N + 1,) int32 on the model's device. Target i is token i + 1."""
+    """Scores a text (N + 1,) int32: target i is token i + 1. Without tables each counts as a byte."""
 
-    def __init__(self, model, tokens, tables, window, batch_tokens):
-        self.model, self.tokens, self.tables, self.targets = model, tokens, tables, len(tokens) - 1
+    def __init__(
+        self,
+        model: GPT,
+        tokens: Tensor,
+        tables: ByteTables | None,
+        window: int,
+        batch_tokens: int,
+        hooks: Hooks = NO_HOOKS,
+    ):
+        self.model, self.tokens, self.tables, self.hooks = model, tokens, tables, hooks
+        self.targets = len(tokens) - 1
         self.window = min(window, self.targets)
         self.batch = max(1, batch_tokens // self.window)
-        self.segment = -(-self.window // 4)  # of a stream, read at once
+        self.segment = ceil_div(self.window, 4)
 
-    def ids(self, at):
+    def ids(self, at: Tensor) -> Tensor:
+        """Returns the tokens at positions, int64, -1 before the text."""
         return torch.where(at < 0, -1, self.tokens[at.clamp(0, self.targets)]).long()
 
-    def read(self, at, matrices, past, ranks=1):
-        """The nll at positions (B, T)."""
-        x = self.ids(cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1) if past else at)
-        return self.model(x, self.ids(at + 1), matrices, past, ranks)
+    def read(self, at: Tensor, matrices: Matrices, cache: KVCache | None = None, ranks: int = 1) -> Read:
+        """Read positions (B, T), in a stream behind a cache, which is brought up to date."""
+        before, context = cache and cache.copy(), at
+        if cache is not None:  # the embedding also looks at the two tokens before
+            context = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
+        forward = self.model.context(at.size(1), cache, ranks)
+        losses = self.model(self.ids(context), self.ids(at + 1), matrices, forward)
+        read = Read(self, at, matrices, before, ranks, losses)
+        self.hooks.on_read(read)
+        return read
 
-    def measure(self, nll, at, begin, end):
-        """(3,) fp64: nats, number and bytes of the targets from begin to end."""
-        x, y, scored = self.ids(at), self.ids(at + 1), (begin <= at) & (at < end)
-        size = self.tables.count(x, y) if self.tables else scored
-        return stack([(per_token * scored).sum() for per_token in (nll.double(), scored, size)])
+    def measure(self, read: Read, begin: Tensor | int, end: Tensor | int) -> Tensor:
+        """Returns (3,) fp64: nats, number, bytes of targets [begin, end), per row (B, 1) or for all."""
+        at, scored = read.at, (begin <= read.at) & (read.at < end)
+        size = self.tables.count(self.ids(at), self.ids(at + 1)) if self.tables else scored
+        sums = torch.stack(
+            [(per_token * scored).sum() for per_token in (read.losses.detach().double(), scored, size)]
+        )
+        self.hooks.on_scores(read, scored, sums)
+        return sums
 
-    @no_grad()
-    def score(self, plan, length=0, stage=""):
-        """measure() of a plan, over the ranks; windows of more `length` are streamed. Some that score nothing fill up batches."""
+    @torch.no_grad()
+    def sums(self, plan: Tensor, length: int = 0, stage: str = "") -> Tensor:
+        """Returns measure() of a plan (n, 3), over all ranks; if `length` exceeds a window, as a stream."""
         (low, high), device, length = share(len(plan)), self.tokens.device, max(length, self.window)
         batch = self.batch if self.tokens.is_cuda else max(1, min(self.batch, high - low))
+        filled = F.pad(plan[low:high], (0, 0, 0, (low - high) % batch))  # by rows that score nothing
+        batches = filled.to(device)[..., None].split(batch)
         sums, matrices = torch.zeros(3, dtype=torch.float64, device=device), self.model.matrices()
-        batches = F.pad(plan[low:high], (0, 0, 0, (low - high) % batch)).to(device)[..., None].split(batch)
         for i, rows in enumerate(batches):
-            start, begin, end = rows.unbind(1)
-            past = self.model.no_past(len(rows)) if length > self.window else None
-            for low in (0, *range(self.window, length, self.segment)):
-                at = start + low + arange(self.segment if low else self.window, device=device)
-                sums += self.measure(self.read(at, matrices, past), at, begin, end)
-                notify("progress", stage, (i + (low + self.segment) / length) / len(batches))
+            start, begin, end = rows.unbind(1)  # (B, 1) each
+            cache = self.model.empty_cache(len(rows)) if length > self.window else None
+            for offset in (0, *range(self.window, length, self.segment)):
+                at = start + offset + torch.arange(self.segment if offset else self.window, device=device)
+                sums += self.measure(self.read(at, matrices, cache), begin, end)
+                if stage:
+                    report_progress(self.hooks, stage, (i + (offset + self.segment) / length) / len(batches))
         return all_reduce(sums)
 
-    def score_all(self, stride, stage="scoring"):
-        return self.score_plan(self.window, stride, stage)
+    def score_windows(self, stride: int, stage: str = "scoring") -> Score:
+        """Returns the score by windows of `stride` targets each."""
+        return Score(*self.sums(plan_windows(self.targets, self.window, stride), 0, stage).tolist())
 
-    def stream_all(self):
-        """Each position sees the last `window`. Lanes begin with a window of context, 1/16 of them at most."""
-        lanes = min(8 * self.batch, self.targets // (16 * self.window)) or 1
-        length = self.window - (self.window - self.targets) // lanes
-        return self.score_plan(length, max(1, length - self.window), "streaming")
-
-    def score_plan(self, length, stride, stage):
-        return score_of(self.score(plan_windows(self.targets, length, stride), length, stage))
-
-
-# ---- Test-time training ----
+    def score_streams(self) -> Score:
+        """Returns the score by lanes in which each position sees a window, 1/16 or less as context."""
+        lanes = min(SPANS * self.batch, self.targets // (16 * self.window)) or 1
+        length = self.window + ceil_div(self.targets - self.window, lanes)
+        plan = plan_windows(self.targets, length, max(1, length - self.window))
+        return Score(*self.sums(plan, length, "streaming").tolist())
 
 
-def chunk_epochs(s, val_loss, late):
-    change = (val_loss > s.ttt_entropy_high and not late) - (0 < val_loss < s.ttt_entropy_low)
+# ======== Test-time training ========
+
+
+class NewtonSchulz(torch.optim.Optimizer):
+    """Moves matrices by their orthogonalised gradients, all else by its gradient."""
+
+    def __init__(self, weights: list[Tensor], lr: float, steps: int):
+        super().__init__(weights, {"lr": lr, "steps": steps})
+
+    def step(self) -> None:
+        """Move the weights."""
+        for group in self.param_groups:
+            for w in group["params"]:
+                w.sub_(orthogonalize(w.grad, group["steps"]) if w.dim() > 1 else w.grad, alpha=group["lr"])
+
+
+class Learner(Stateful):
+    """A model that learns at test time by an update rule, and a stream's past."""
+
+    STATE = ("weights", "slots", "rule")
+
+    def __init__(self, model: GPT, s: Settings, hooks: Hooks = NO_HOOKS):
+        self.model, self.s, self.hooks, self.weights = model, s, hooks, list(model.parameters())
+        self.first, self.slots = copies(self.weights), model.empty_cache(1).slots
+        self.rule = NewtonSchulz(self.weights, s.ttt_lr, s.ttt_ns_steps)
+        if not s.ttt_muon:
+            self.rule = torch.optim.SGD(self.weights, s.ttt_lr, momentum=s.ttt_momentum)
+
+    def update(self, loss: Tensor, lr: float) -> None:
+        """Move the weights against the gradient of this rank's part of the loss."""
+        s = self.s
+        self.hooks.before_update(self)
+        loss.backward()
+        with torch.no_grad():
+            all_reduce_list([w.grad for w in self.weights])
+            self.model.zero_frozen_gradients(s.ttt_freeze_blocks)
+            if s.ttt_grad_clip:
+                nn.utils.clip_grad_norm_(self.weights, s.ttt_grad_clip)
+            if s.ttt_decay:
+                torch._foreach_lerp_(self.weights, self.first, s.ttt_decay)
+            self.rule.param_groups[0]["lr"] = lr
+            self.rule.step()
+            self.model.zero_grad()
+        self.hooks.on_update(self)
+
+
+class SlidingMode:
+    """Windows that each score EVAL_STRIDE targets. A chunk is learnt from in whole sequences."""
+
+    stage = "final_int6_sliding_window"
+    context_chunks = 0  # first chunks that are not learnt from
+
+    def __init__(self, s: Settings, scorer: Scorer, learner: Learner):
+        self.s, self.scorer, self.learner = s, scorer, learner
+        self.chunks = ceil_div(scorer.targets, s.ttt_chunk_tokens)
+        plan = plan_windows(scorer.targets, scorer.window, s.eval_stride)
+        windows = (plan[:, 1] // s.ttt_chunk_tokens).bincount(minlength=self.chunks)
+        self.plans = plan.split(windows.tolist())  # a window is of its first target's chunk
+
+    @staticmethod
+    def window(s: Settings) -> int:
+        """Returns the windows' length."""
+        return s.eval_seq_len
+
+    def score(self) -> Score:
+        """Returns the whole text's score, without learning."""
+        return self.scorer.score_windows(self.s.eval_stride, "sliding")
+
+    def score_chunk(self, chunk: int) -> Tensor:
+        """Returns a chunk's sums (3,) fp64, over all ranks."""
+        return self.scorer.sums(self.plans[chunk])
+
+    def learn_chunk(self, chunk: int, epochs: int) -> None:
+        """Learn from whole sequences, TTT_BATCH_SEQS an update; some of weight zero fill up."""
+        s, length, device = self.s, self.s.train_seq_len, self.scorer.tokens.device
+        low = chunk * s.ttt_chunk_tokens
+        sequences = min(s.ttt_chunk_tokens, self.scorer.targets - low) // length
+        lr = s.ttt_lr * (1 + math.cos(math.pi * chunk / max(self.chunks - 1, 1))) / 2
+        own = ceil_div(min(s.ttt_batch_seqs, sequences), world_size())
+        slot = rank() + world_size() * torch.arange(own, device=device)
+        for first in [*range(0, sequences, s.ttt_batch_seqs)] * epochs:
+            rows = min(s.ttt_batch_seqs, sequences - first)
+            start = low + length * (first + slot).clamp(max=sequences - 1)
+            at = start[:, None] + torch.arange(length, device=device)  # (B, T)
+            losses = self.scorer.read(at, self.learner.model.matrices()).losses
+            self.learner.update((losses * ((slot[:, None] < rows) / (rows * length))).sum(), lr)
+
+
+class StreamingMode:
+    """Each position is read once and sees a window; ranks share a chunk's positions. Chunk 0 is a window.
+
+    Keys and values of the past stay as they were when read.
+    """
+
+    stage = "final_int6_streaming"
+    context_chunks = 1
+
+    def __init__(self, s: Settings, scorer: Scorer, learner: Learner):
+        self.s, self.scorer, self.learner = s, scorer, learner
+        self.chunks = 1 + ceil_div(scorer.targets - scorer.window, s.ttt_chunk_tokens)
+
+    @staticmethod
+    def window(s: Settings) -> int:
+        """Returns how much a position sees."""
+        return s.eval_window or s.eval_seq_len
+
+    def score(self) -> Score:
+        """Returns the whole text's score, without learning."""
+        return self.scorer.score_streams()
+
+    def read(self, chunk: int) -> Read:
+        """Read this rank's positions of a chunk, behind what was before it."""
+        low, length, ranks = 0, self.scorer.window, 1  # of the first chunk, which all ranks read
+        if chunk:
+            ranks, C = world_size(), self.s.ttt_chunk_tokens
+            length, low = C // ranks, self.scorer.window + (chunk - 1) * C + rank() * (C // ranks)
+        at = low + torch.arange(length, device=self.scorer.tokens.device)[None]  # (1, T)
+        cache = KVCache(list(self.before))
+        read = self.scorer.read(at, self.learner.model.matrices(), cache, ranks)
+        self.learner.slots = cache.slots
+        return read
+
+    def score_chunk(self, chunk: int) -> Tensor:
+        """Returns a chunk's sums (3,) fp64, over all ranks."""
+        self.before = self.learner.slots
+        self.first_read = self.read(chunk)
+        end = self.scorer.targets if chunk or rank() == 0 else 0
+        return all_reduce(self.scorer.measure(self.first_read, 0, end))
+
+    def learn_chunk(self, chunk: int, epochs: int) -> None:
+        """Learn from all tokens of a chunk, an update an epoch."""
+        for epoch in range(epochs):
+            read = self.read(chunk) if epoch else self.first_read
+            self.learner.update(read.losses.sum() / self.s.ttt_chunk_tokens, self.s.ttt_lr)
+
+
+Mode = SlidingMode | StreamingMode
+EVAL_MODES = {"sliding": SlidingMode, "streaming": StreamingMode}
+
+
+def chunk_epochs(s: Settings, val_loss: float, late: bool) -> int:
+    """Returns how often to learn from a chunk of that mean loss."""
+    change = int(val_loss > s.ttt_entropy_high and not late) - int(0 < val_loss < s.ttt_entropy_low)
     return max(s.ttt_epochs + change * s.ttt_entropy_adapt, 1)
 
 
-class Learner:
-    def __init__(self, model, s):
-        self.model, self.s, self.weights = model, s, list(model.parameters())
-        self.first, self.past = copies(self.weights), model.no_past(1)
-        self.sgd = not s.ttt_muon and torch.optim.SGD(self.weights, momentum=s.ttt_momentum)
+class Pace(Stateful):
+    """Keeps to EVAL_MAX_SECONDS by rank 0's clock: if short of time, less is learnt, evenly."""
 
-    def learn(self, tokens, epochs, lr):
-        """On the whole sequences in tokens (C + 1,), TTT_BATCH_SEQS an update, over the ranks; some of weight zero fill up."""
-        s, T, W, n = self.s, self.s.train_seq_len, world_size(), (len(tokens) - 1) // self.s.train_seq_len
-        x, y = (t[: n * T].view(n, T).long() for t in (tokens, tokens[1:]))
-        slot = rank() + W * arange(-(-min(s.ttt_batch_seqs, n) // W), device=tokens.device)
-        for first in [*range(0, n, s.ttt_batch_seqs)] * epochs:
-            rows, at = min(s.ttt_batch_seqs, n - first), (first + slot).clamp(max=n - 1)
-            weight = (slot[:, None] < rows) / (rows * T)
-            self.update((self.model(x[at], y[at], self.model.matrices()) * weight).sum(), lr)
+    STATE = ("now", "rate", "credit", "scoring", "learning")
+    CHECKS = 200  # of the clock, since reading it waits for the device
 
-    def update(self, loss, lr):
-        s, weights = self.s, self.weights
-        loss.backward()
-        with no_grad():
-            all_reduce_list([p.grad for p in weights])
-            self.model.zero_frozen_gradients(s.ttt_freeze_blocks)
-            if s.ttt_grad_clip:
-                nn.utils.clip_grad_norm_(weights, s.ttt_grad_clip)
-            if s.ttt_decay:
-                torch._foreach_lerp_(weights, self.first, s.ttt_decay)
-            if self.sgd:
-                self.sgd.param_groups[0]["lr"] = lr
-                self.sgd.step()
-            else:
-                for p in weights:
-                    p.sub_(newton_schulz(p.grad, s.ttt_ns_steps) if p.dim() > 1 else p.grad, alpha=lr)
-            self.model.zero_grad()
+    def __init__(self, s: Settings, chunks: int, clock: Clock):
+        self.s, self.chunks, self.clock = s, chunks, clock
+        self.limit = 0.97 * s.eval_max_seconds * (0.97 if s.audit else 1)  # a reserve; an audit may take 3%
+        self.rate, self.credit = 1.0, 0.0  # share of the wanted epochs; epochs that are due
+        self.scoring, self.learning = 0.0, 0.0  # seconds of a chunk; of an epoch of one
+        self.now = from_rank0(clock.seconds() - clock.apart)
 
+    def time(self, chunk: int) -> float:
+        """Returns the seconds so far, or 0 for chunks in which nobody looks."""
+        looks = chunk % max(1, self.chunks // self.CHECKS) == 0
+        return self.clock.seconds() - self.clock.apart if looks else 0.0
 
-def windowed_chunks(scorer, learner, s, first=0):
-    """Yield (score, learn(epochs)) of chunks from the first on. A window is of the chunk of its first target."""
-    C, plan = s.ttt_chunk_tokens, plan_windows(scorer.targets, scorer.window, s.eval_stride)
-    parts = plan.split((plan[:, 1] // C).bincount(minlength=-(-scorer.targets // C)).tolist())
-    for c in range(first, len(parts)):
-        tokens, cosine = (
-            scorer.tokens[c * C : (c + 1) * C + 1],
-            math.cos(math.pi * c / max(len(parts) - 1, 1)),
-        )
-        yield (
-            scorer.score(parts[c]),
-            lambda epochs: learner.learn(tokens, epochs, s.ttt_lr * (1 + cosine) / 2),
-        )
+    def epochs(self, sums: Tensor) -> int:
+        """Returns how often to learn from a chunk with these sums (3,)."""
+        val_loss = Score(*sums.tolist()).val_loss if self.s.ttt_entropy_adapt else 0
+        late = self.now > 0.85 * self.s.eval_time_soft_cap_seconds
+        self.credit = round(self.credit % 1 + self.rate * chunk_epochs(self.s, val_loss, late), 6)
+        return int(self.credit)
+
+    def end(self, chunk: int, start: float, scored: float, epochs: int) -> None:
+        """Adapt the rate to a chunk of these times, learnt from by now."""
+        now, left = self.time(chunk), self.chunks - 1 - chunk
+        if now:
+            self.scoring = max(scored - start, self.scoring / 2)
+            self.learning = max((now - scored) / epochs, self.learning / 2) if epochs else self.learning
+            spare = self.limit - now - left * self.scoring
+            rate = spare / max(left * self.learning * self.s.ttt_epochs, 1e-9)
+            self.now, self.rate = from_rank0((now, min(max(rate, 0.0), 1.0)))
 
 
-def streamed_chunks(scorer, learner, s, first=0):
-    """The same, each position read once. Ranks have parts of a chunk, whose scores are what is learnt from. Past keys and
-    values stay as they were. The first chunk is a window of context."""
-    C = s.ttt_chunk_tokens
-    for low in (0, *range(scorer.window, scorer.targets, C))[first:]:
-        ranks, T = (world_size(), C // world_size()) if low else (1, scorer.window)
-        at = arange(T, device=scorer.tokens.device)[None] + low + (rank() * T if low else 0)
-        before = learner.past
+class TestTimeTraining(Stateful):
+    """Scores chunk after chunk, and learns from each after it was scored."""
 
-        def read():
-            learner.past = before.copy()
-            return scorer.read(at, learner.model.matrices(), learner.past, ranks)
+    STATE = ("records", "learner", "pace")
+    __test__ = False  # not one of pytest's
 
-        def learn(epochs):
-            for epoch in range(epochs):
-                learner.update((read() if epoch else nll).sum() / C, s.ttt_lr)
+    def __init__(self, mode: Mode, clock: Clock | None = None, log: Log | None = None):
+        self.mode, self.learner, self.log, self.hooks = mode, mode.learner, log, mode.learner.hooks
+        self.pace = Pace(mode.s, mode.chunks, clock or Clock())
+        self.records = []  # of each chunk: sums (3,) fp64, epochs
 
-        nll = read()
-        score = scorer.measure(nll.detach(), at, 0, scorer.targets if low or rank() == 0 else 0)
-        yield all_reduce(score), low and learn
-
-
-def score_first_ttt(scorer, learner, s, seconds=None):
-    """(The whole Score, each chunk's (Score, epochs)); each is scored before the weights learn from it. Rank 0's seconds(), since
-    scoring began, limit learning."""
-    streaming, records, clock = s.eval_mode == "streaming", notify("resume_ttt", learner) or [], timer()
-    quiet, seconds = not seconds, seconds or (lambda: 0.0)
-    rate, credit, scoring, learning, now = 1, 0, 0, 0, from_rank0(seconds())
-    chunks = (streamed_chunks if streaming else windowed_chunks)(scorer, learner, s, len(records))
-    total = sum(score for score, _ in records)
-    n = streaming - (streaming * scorer.window - scorer.targets) // s.ttt_chunk_tokens
-    for c in range(len(records), n):
-        check, epochs = c % max(1, n // 200) == 0, 0  # the clock waits for the device
-        start = check and seconds()
-        score, learn = next(chunks)
-        total, between = total + score, check and seconds()
-        if learn and c < n - 1:
-            val_loss = score_of(score).val_loss if s.ttt_entropy_adapt else 0
-            wanted = chunk_epochs(s, val_loss, late=now > 0.85 * s.eval_time_soft_cap_seconds)
-            credit = round(credit % 1 + rate * wanted, 6)
-            epochs = int(credit)
-            learn(epochs)
-        if check:
-            now, left, scoring = seconds(), n - 1 - c, max(between - start, scoring / 2)
-            learning = max((now - between) / epochs, learning / 2) if epochs else learning
-            spare = 0.97 * s.eval_max_seconds - now - left * scoring
-            rate = spare / max(left * learning * s.ttt_epochs, 1e-9)
-            now, rate = from_rank0((now, min(max(rate, 0), 1)))
-        records.append((score, epochs))
-        notify("chunk", learner, records)
-        notify("progress", "TTT", (c + 1) / n)
-        if not quiet and (c % -(-n // 20) == 0 or c == n - 1):
-            log(
-                "ttt_chunk",
-                "ttt_chunk [{chunk}/{chunks}] bpb={bpb:.6f} time={seconds:.1f}s",
-                chunk=c + 1,
-                chunks=n,
-                bpb=score_of(total).val_bpb,
-                seconds=clock(),
-            )
-    return score_of(total), [(score_of(score), epochs) for score, epochs in records]
+    def run(self) -> Score:
+        """Score and learn from chunks to come; return the score of all. Raises Stopped."""
+        clock, n, mode, pace = Clock(), self.mode.chunks, self.mode, self.pace
+        total = sum(sums for sums, _ in self.records)
+        for c in range(len(self.records), n):
+            self.hooks.on_chunk_start(self, c)
+            start, epochs, sums = pace.time(c), 0, mode.score_chunk(c)
+            total, scored = total + sums, pace.time(c)
+            if mode.context_chunks <= c < n - 1:
+                epochs = pace.epochs(sums)
+                mode.learn_chunk(c, epochs)
+            pace.end(c, start, scored, epochs)
+            self.records.append((sums, epochs))
+            self.hooks.on_chunk(self)
+            if self.hooks.should_stop(in_loop=True):
+                raise Stopped
+            self.hooks.on_progress("TTT", (c + 1) / n)
+            if self.log and (c % ceil_div(n, 20) == 0 or c == n - 1):
+                bpb, seconds = Score(*total.tolist()).val_bpb, clock.seconds()
+                line = f"ttt_chunk [{c + 1}/{n}] bpb={bpb:.6f} time={seconds:.1f}s"
+                self.log.event("ttt_chunk", line, chunk=c + 1, chunks=n, bpb=bpb, seconds=seconds)
+        return Score(*total.tolist())
 
 
-# ---- Training ----
+class Evaluation(Stateful):
+    """The stages of scoring tokens (N + 1,) int32, in order, under a clock."""
+
+    STATE = ("scores", "seconds", "clock", "ttt")
+
+    def __init__(self, run: Run, model: GPT, tokens: Tensor, tables: ByteTables):
+        s, self.run_of, self.model, self.clock = run.settings, run, model, Clock(model.tok_emb.device)
+        batch, mode_of = s.val_batch_size // SPANS, EVAL_MODES[s.eval_mode]
+        windows = Scorer(model, tokens, tables, s.eval_seq_len, batch, run.hooks)
+        text = Scorer(model, tokens, tables, mode_of.window(s), batch, run.hooks)
+        mode = mode_of(s, text, Learner(model, s, run.hooks))
+        self.ttt = TestTimeTraining(mode, self.clock, run.log)
+        self.stages = {
+            "final_int6_roundtrip": lambda: windows.score_windows(s.eval_seq_len, "roundtrip"),
+            mode.stage: mode.score,
+        }
+        if s.ttt_enabled:
+            self.stages["legal_ttt"] = self.ttt.run
+        self.scores, self.seconds = {}, {}  # of each stage that is done
+
+    def run(self) -> None:
+        """Score by all stages still to come. Raises RunError, Stopped."""
+        for name, stage in self.stages.items():
+            done = name in self.scores
+            score = Score(*self.scores[name]) if done else stage()
+            if not math.isfinite(score.nats):
+                weights = self.model.named_parameters()
+                bad = next((name for name, w in weights if not w.isfinite().all()), "the activations")
+                what = f"{name}: the loss is {score.nats}, first in {bad}"
+                raise RunError(f"{what}; lower TTT_LR or the learning rates")
+            if not done:
+                self.scores[name] = tuple(score)
+                self.seconds[name] = self.clock.seconds() - sum(self.seconds.values())
+                self.run_of.hooks.on_stage(name, score)
+            report_stage(self.run_of, name, score, self.seconds[name])
 
 
-class Trainer:
-    def __init__(self, s, device, attention, dtype):
-        self.s, self.device, self.steps = s, device, None
-        self.shards, holdout = split_holdout(
-            open_shards(s.data_path, "train"), s.holdout_tokens, s.train_seq_len
-        )
-        holdout = check_ids(holdout, s.vocab_size, "held-out tail").to(device)
-        self.batches = lambda first=0: batches(self.shards, s.train_batch_tokens // 8, s.vocab_size, first)
+def report_stage(run: Run, name: str, score: Score, seconds: float) -> None:
+    """Log the score of a stage that took so long."""
+    scores, memory = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}, peak_memory()
+    line = f"{name} eval_time:{1000 * seconds:.0f}ms, peak memory {memory:.0f} MiB\n{name}_exact "
+    line += " ".join(f"{key}:{value:.8f}" for key, value in scores.items())
+    run.log.event("stage", line, stage=name, **scores, eval_time=1000 * seconds, memory=memory)
+
+
+# ======== Training ========
+
+TIMES = "train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms"
+
+
+class Trainer(Stateful):
+    """Trains a model under the clock. Making one opens shards, draws weights, raises RunError, OSError."""
+
+    STATE = ("shard_lengths", "done", "elapsed", "weights", "optimizers", "averages", "base", "knob")
+
+    def __init__(self, run: Run, attention: AttentionKernel = torch_attention):
+        s, self.run_of, self.device = run.settings, run, run.device
+        self.s, shards, batch = s, open_shards(s.data_path, "train"), s.val_batch_size // SPANS
+        self.shards, holdout = split_holdout(shards, s.holdout_tokens, s.train_seq_len)
+        self.shard_lengths = [len(shard) for shard in self.shards]
+        self.loader = partial(span_loader, self.shards, s.train_batch_tokens // SPANS, s.vocab_size)
+        self.holdout_tokens = check_ids(holdout, s.vocab_size, "held-out tail").to(self.device)
         torch.manual_seed(s.seed)
-        self.model = GPT(s, attention, dtype).initialize().on(device)
+        self.model = GPT(s, attention, run.dtype).initialize().on(self.device)
         self.weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, s)
-        self.holdout = Scorer(self.model, holdout, None, s.train_seq_len, s.val_batch_size // 8)
-        self.holdout_loss = lambda: self.holdout.score_all(s.train_seq_len).val_loss
-        self.calibrate = lambda: calibrate(self.model, holdout, s.train_seq_len)
+        self.averages = Averages(self.weights, s)
+        self.holdout = Scorer(self.model, self.holdout_tokens, None, s.train_seq_len, batch, run.hooks)
+        self.base: Steps | None = None  # before the knob, once rounding has begun
+        self.steps, self.knob = None, s.matrix_step
+        self.done, self.elapsed = 0, 0.0  # steps and seconds of training so far
 
-    def step(self, spans, multiplier, momentum):
-        """Of spans (8 / W, span + 1): this rank's part of the mean loss, gradient norm."""
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state_dict(). Raises RunError for other shards."""
+        if state["shard_lengths"] != self.shard_lengths:
+            lengths = f"train shards of {state['shard_lengths']} tokens, not {self.shard_lengths}"
+            raise RunError(f"{state.get('source', 'state')}: made with {lengths}")
+        super().load_state_dict(state)
+        self.steps = None if self.base is None else scaled(self.base, self.knob)
+
+    def holdout_loss(self) -> float:
+        """Returns the held-out tokens' mean loss, in nats."""
+        return self.holdout.score_windows(self.s.train_seq_len).val_loss
+
+    def calibrate(self) -> Calibration:
+        """Returns calibrate() of the held-out tokens."""
+        return calibrate(self.model, self.holdout_tokens, self.s.train_seq_len, self.run_of.hooks)
+
+    def train_step(self, spans: Tensor, multiplier: float, momentum: float) -> Tensor:
+        """Learn from spans (SPANS / W, span + 1); return this rank's part of the loss, norm: (2,)."""
         s, spans = self.s, spans.to(self.device, non_blocking=True).long()
-        rows = max(1, (s.micro_batch_tokens or s.train_batch_tokens // 8) // s.train_seq_len)
-        x, y = (t.reshape(-1, s.train_seq_len).split(rows) for t in (spans[:, :-1], spans[:, 1:]))
-        matrices, loss = self.model.matrices(self.steps), 0
-        for batch in zip(x, y):
-            part = self.model(*batch, matrices).sum() / s.train_batch_tokens
+        rows = max(1, (s.micro_batch_tokens or s.train_batch_tokens // SPANS) // s.train_seq_len)
+        inputs, targets = (t.reshape(-1, s.train_seq_len).split(rows) for t in (spans[:, :-1], spans[:, 1:]))
+        matrices, context, loss = self.model.matrices(self.steps), self.model.context(s.train_seq_len), 0
+        for x, y in zip(inputs, targets, strict=True):
+            part = self.model(x, y, matrices, context).sum() / s.train_batch_tokens
             part.backward()
             loss += part.detach()
-        return stack((loss, self.optimizers.step(multiplier, momentum)))
+        return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
 
-    def fix_steps(self, fisher, limit):
-        s, model, base = self.s, self.model, base_steps(self.model, fisher)
-        size = lambda knob: estimate_bytes(quantize(model.state_dict(), scaled(base, knob)))
-        self.base, self.knob = base, from_rank0(fit_knob(s, model, size, limit, s.matrix_step))
-        self.steps = scaled(base, self.knob)
+    def fix_steps(self, fisher: Steps, limit: int) -> None:
+        """Choose each row's step so that about `limit` bytes come out."""
+        self.base = base_steps(self.model, fisher)
 
-    def warm_up(self):
-        """Returns the seconds to keep for the end."""
-        spans, before, reserve = self.batches(), copies(self.weights), 0
-        for i in range(self.s.warmup_steps):
-            notify("progress", "warm-up", i / self.s.warmup_steps)
-            self.step(together(lambda: next(spans)), 1.0, self.s.muon_momentum)
+        def size(knob: float) -> float:
+            return estimate_bytes(quantize(self.model.state_dict(), scaled(self.base, knob)))
+
+        self.knob = from_rank0(fit_knob(self.s, self.model, size, limit, self.s.matrix_step))
+        self.steps = scaled(self.base, self.knob)
+
+    def warm_up(self) -> float:
+        """Compile by steps that leave no trace; return the seconds to keep for the end."""
+        s, hooks, clock, before, reserve = self.s, self.run_of.hooks, Clock(), copies(self.weights), 0.0
+        with self.loader() as spans:
+            for i in range(s.warmup_steps):
+                report_progress(hooks, "warm-up", i / s.warmup_steps)
+                self.train_step(together(spans.__next__), 1.0, s.muon_momentum)
         copy_weights(self.weights, before)
-        self.optimizers = Optimizers(self.model, self.s)
+        self.optimizers = Optimizers(self.model, s)
         for action, times in ((self.holdout_loss, 4), (self.calibrate, 1.5)):
             action()  # the first time compiles
-            seconds = timer()
+            again = Clock()
             action()
-            reserve += times * seconds()
-        return from_rank0(reserve)
+            reserve += times * again.seconds()
+        reserve = from_rank0(reserve)
+        self.run_of.log.event("warm_up", reserve=1000 * reserve, took=clock.seconds())
+        return reserve
 
-    def run(self, validate, limit):
-        """Returns GPTQ's moments. Rank 0's clock decides; reading it is a step's only wait for the device."""
-        s, reserve = self.s, self.warm_up()
-        log("warm_up", reserve=1000 * reserve)
-        budget = (s.max_wallclock_seconds or math.inf) - reserve
-        averages = WeightAverages(self.weights, s)
-        first, elapsed = notify("resume", self, averages) or (0, 0)
-        spans, seconds, paused = self.batches(first), timer(), -elapsed
-        for step in count(first):
-            mean = elapsed / max(step, 1)
-            last = step == s.iterations or step and elapsed + mean > budget
-            status = "step:{step}/{iterations} %s train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms"
-            now = dict(step=step, iterations=s.iterations, train_time=1000 * elapsed, step_avg=1000 * mean)
-            if step > first and s.train_log_every and (step <= 10 or step % s.train_log_every == 0):
-                log(
-                    "step",
-                    status % "train_loss:{train_loss:.4f}",
-                    **now,
-                    train_loss=loss,
-                    multiplier=multiplier,
-                )
-            if last or s.val_loss_every and step % s.val_loss_every == 0:
-                pause, score = timer(), validate()
-                log(
-                    "validation",
-                    status % "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}",
-                    **now,
-                    val_loss=score.val_loss,
-                    val_bpb=score.val_bpb,
-                )
-                paused += pause()
-            notify("step", self, averages, step, elapsed, last)
-            if last:
-                break
-            multiplier = lr_multiplier(step, s, elapsed, budget)
-            if s.late_qat and step and multiplier < s.late_qat_threshold and not self.steps:
-                self.fix_steps(self.calibrate()[1], limit)
-                log("late_qat", step=step, knob=self.knob)
-            measured = self.step(together(lambda: next(spans)), multiplier, muon_momentum(step, s))
-            averages.update(step, multiplier)
-            loss, norm = measured.tolist()
-            now = [(seconds() - paused) * (rank() == 0), loss, norm / world_size()]
-            elapsed, loss, norm = all_reduce(torch.tensor(now, dtype=torch.float64)).tolist()
-            if not math.isfinite(loss + norm):
-                raise RunError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}"
-                    f"{notify('not_finite', self.optimizers, loss) or ''}; lower the learning rates"
-                )
-            notify("progress", "training", max((step + 1) / s.iterations, elapsed / budget))
-        self.choose(dict(raw=copies(self.weights)) | averages.averages)
-        moments, fisher = self.calibrate()
-        if not self.steps:
-            self.fix_steps(fisher, limit)
-        log("trained", steps=step, train_time=now["train_time"], with_calibration=1000 * (seconds() - paused))
-        return moments
+    def run(self, validate: Callable[[], Score], limit: int) -> Calibration:
+        """Train till steps or rank 0's time are used up, choose, calibrate. Raises RunError, Stopped."""
+        s, log, hooks = self.s, self.run_of.log, self.run_of.hooks
+        budget = (s.max_wallclock_seconds or math.inf) - self.warm_up()
+        self.averages, restored = Averages(self.weights, s), hooks.restore_training()
+        if restored is not None:
+            self.load_state_dict(restored)
+            log.event("resumed", step=self.done)
+        clock = Clock()
+        clock.add(self.elapsed)
+        with self.loader(self.done) as spans:
+            while True:
+                expected = self.elapsed + self.elapsed / max(self.done, 1)  # after one more step
+                last = self.done == s.iterations or (self.done > 0 and expected > budget)
+                if last or (s.val_loss_every and self.done % s.val_loss_every == 0):
+                    pause, score = Clock(), validate()
+                    measured = f"val_loss:{{val_loss:.4f}} val_bpb:{{val_bpb:.4f}} {TIMES}"
+                    self.report("validation", measured, val_loss=score.val_loss, val_bpb=score.val_bpb)
+                    clock.add(-pause.seconds())
+                hooks.on_step(self, last)
+                if hooks.should_stop(in_loop=True):
+                    raise Stopped
+                if last:
+                    break
+                left = warmdown_left(self.done, s, self.elapsed, budget)
+                if s.late_qat and self.done and left < s.late_qat_threshold and self.steps is None:
+                    self.fix_steps(self.calibrate().fisher, limit)
+                    log.event("late_qat", step=self.done, knob=self.knob)
+                multiplier, momentum = lr_multiplier(left), muon_momentum(self.done, s)
+                measured = self.train_step(together(spans.__next__), multiplier, momentum)
+                if self.averages.update(self.done, left):
+                    log.event("swa", step=self.done)
+                self.finish_step(measured, clock, multiplier)
+                hooks.on_progress("training", max(self.done / s.iterations, self.elapsed / budget))
+        self.choose()
+        calibration = self.calibrate()
+        if self.base is None:
+            self.fix_steps(calibration.fisher, limit)
+        times = {"train_time": 1000 * self.elapsed, "with_calibration": 1000 * clock.seconds()}
+        log.event("trained", steps=self.done, **times, memory=peak_memory())
+        return calibration
 
-    def choose(self, candidates):
-        losses = {}
-        for name, weights in candidates.items():
-            copy_weights(self.weights, weights)
+    def finish_step(self, measured: Tensor, clock: Clock, multiplier: float) -> None:
+        """Count and report a step; `measured` is train_step()'s. Raises RunError."""
+        s, (loss, norm) = self.s, measured.tolist()
+        numbers = [clock.seconds() if rank() == 0 else 0.0, loss, norm / world_size()]
+        self.elapsed, loss, norm = all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        self.done += 1
+        if not math.isfinite(loss + norm):
+            first = "the loss"
+            if math.isfinite(loss):
+                first = f"the gradient of {self.optimizers.first_not_finite()}"
+            what = f"loss {loss}, gradient norm {norm}, first in {first}"
+            raise RunError(f"step {self.done}: {what}; lower the learning rates")
+        if s.train_log_every and (self.done <= 10 or self.done % s.train_log_every == 0):
+            left = (s.iterations - self.done) * self.elapsed / self.done
+            if s.max_wallclock_seconds:
+                left = min(left, max(s.max_wallclock_seconds - self.elapsed, 0))
+            more = {"tokens_per_second": s.train_batch_tokens * self.done / self.elapsed, "left": left}
+            line = f"train_loss:{{train_loss:.4f}} {TIMES} tokens/s:{{tokens_per_second:.0f}} "
+            line += "memory:{memory:.0f}MiB left:{left:.0f}s"
+            self.report("step", line, train_loss=loss, multiplier=multiplier, memory=peak_memory(), **more)
+
+    def report(self, event: str, measured: str, **values: float) -> None:
+        """Log what was measured, a format of values, with steps and milliseconds."""
+        train_time = 1000 * self.elapsed
+        values |= {"step": self.done, "iterations": self.s.iterations}
+        values |= {"train_time": train_time, "step_avg": train_time / max(self.done, 1)}
+        self.run_of.log.event(event, ("step:{step}/{iterations} " + measured).format_map(values), **values)
+
+    def choose(self) -> None:
+        """Take the candidate of the least held-out loss. Raises RunError."""
+        log, losses, weights = self.run_of.log, {}, self.averages.candidates()
+        for name, values in weights.items():
+            copy_weights(self.weights, values)
             losses[name] = self.holdout_loss()
-            log("average", average=name, holdout_loss=losses[name])
-        finite = [name for name in losses if math.isfinite(losses[name])]
+            log.event("average", average=name, holdout_loss=losses[name])
+        finite = [name for name, loss in losses.items() if math.isfinite(loss)]
         if not finite:
             raise RunError("no held-out loss is finite")
-        best = min(finite, key=losses.get)
-        copy_weights(self.weights, candidates[best])
-        log("chosen", average=best)
+        best = min(finite, key=losses.__getitem__)
+        copy_weights(self.weights, weights[best])
+        log.event("chosen", average=best)
 
 
-# ---- Main ----
+def export(run: Run, trainer: Trainer, fingerprint: str, calibration: Calibration, limit: int) -> bytes:
+    """Returns a trained model's artifact, within `limit` bytes if that can be."""
+    s, clock, weights, packed = run.settings, Clock(), trainer.model.state_dict(), b""
+    factors = {name: factor(moments) for name, moments in calibration.moments.items()}
 
-
-def export(s, fingerprint, trainer, moments, limit):
-    made, weights = {}, trainer.model.state_dict()
-    factors = {name: factor(m) for name, m in moments.items()}
-
-    def size(knob):
-        made[0] = pack_artifact(s, fingerprint, quantize(weights, scaled(trainer.base, knob), factors))
-        return len(made[0])
+    def size(knob: float) -> float:
+        nonlocal packed
+        packed = pack_artifact(s, fingerprint, quantize(weights, scaled(trainer.base, knob), factors))
+        return len(packed)
 
     knob = fit_knob(s, trainer.model, size, limit, trainer.knob)
-    log("quantized", knob=knob)
-    return made[0]
+    run.log.event("quantized", knob=knob, took=clock.seconds())
+    return packed
 
 
-def evaluate(**stages):
-    for name, stage in stages.items():
-        score = notify("scored", name) or stage()
-        notify("stage", name, score)
-        log(
-            "stage",
-            "{stage}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}",
-            stage=name,
-            val_loss=score.val_loss,
-            val_bpb=score.val_bpb,
-        )
+# ======== Main ========
 
 
-def scoring_stages(s, model, tokens, tables, seconds=None):
-    scorer = lambda window: Scorer(model, tokens, tables, window, s.val_batch_size // 8)
-    windows = text = scorer(s.eval_seq_len)
-    stages = dict(final_int6_roundtrip=lambda: windows.score_all(s.eval_seq_len, "roundtrip"))
-    if s.eval_mode == "sliding":
-        stages["final_int6_sliding_window"] = lambda: windows.score_all(s.eval_stride, "sliding")
-    else:
-        text = scorer(s.eval_window or s.eval_seq_len)
-        stages["final_int6_streaming"] = text.stream_all
-    if s.ttt_enabled:
-        stages["legal_ttt"] = lambda: score_first_ttt(text, Learner(model, s), s, seconds)[0]
-    return stages
+def load_hooks(s: Settings) -> Hooks:
+    """Returns the hooks of tools/run/ beside this file, or none. Raises RunError."""
+    folder = Path(__file__).resolve().parent / "tools" / "run"
+    if not folder.is_dir():
+        if s.audit or s.resume or s.checkpoint_every:
+            raise RunError("AUDIT, RESUME and CHECKPOINT_EVERY need tools/")
+        return NO_HOOKS
+    try:
+        return importlib.import_module("tools.run").make_hooks(s)
+    except ImportError as e:
+        raise RunError(f"{folder} is broken: {e}") from None
 
 
-def compile_scoring(s, model, tables):
-    device = model.tok_emb.device
-    if device.type == "cuda":
-        count = s.ttt_chunk_tokens + 2 * max(s.eval_window, s.eval_seq_len) + 1
-        made_up = torch.randint(s.vocab_size, (count,), dtype=torch.int32, device=device)
-        weights = list(model.parameters())
-        before = copies(weights)
-        for stage in scoring_stages(s, model, made_up, tables).values():
-            stage()
-        copy_weights(weights, before)
-        log("compiled")
+def read_artifact(run: Run) -> tuple[bytes, Artifact]:
+    """Returns rank 0's artifact, as it is and unpacked. Raises RunError."""
+    data = from_rank0(together(run.artifact_path.read_bytes, 1))
+    return data, unpack_artifact(data, run.artifact_path)
 
 
-def run(s):
-    global newton_schulz
-    device = start_processes()
-    cuda = device.type == "cuda"
-    if cuda:
-        torch._dynamo.config.recompile_limit = 64
-        newton_schulz = torch.compile(newton_schulz, dynamic=False, fullgraph=True)
-    s.run_id = from_rank0(s.run_id or Path(s.resume).stem or str(uuid.uuid4()))
-    path, source = Path(s.artifact_path or f"logs/{s.run_id}.bin"), Path(__file__).read_bytes()
-    limit = s.artifact_limit - len(source)
-    resumed = notify("start", s, sys.modules[__name__])
-    only_score = s.eval_only or resumed == "scoring"
+def compile_scoring(run: Run, model: GPT, tables: ByteTables) -> None:
+    """Compile what scoring will run, on made-up tokens, without a trace."""
+    s, clock, weights = run.settings, Clock(), list(model.parameters())
+    before, number = copies(weights), s.ttt_chunk_tokens + 2 * max(s.eval_window, s.eval_seq_len) + 1
+    made_up = torch.randint(s.vocab_size, (number,), dtype=torch.int32, device=run.device)
+    quiet = Run(replace(s, eval_max_seconds=math.inf), run.device)
+    quiet.log.outputs.clear()
+    for stage in Evaluation(quiet, model, made_up, tables).stages.values():
+        stage()
+    copy_weights(weights, before)
+    run.log.event("compiled", took=clock.seconds())
+
+
+def open_log(run: Run, source: str, append: bool) -> None:
+    """Open the log if all that is to be written can be. Raises RunError, OSError."""
+    for path in [run.log_path] if run.settings.eval_only else [run.artifact_path, run.log_path]:
+        os.makedirs(path.parent, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise RunError(f"{path} cannot be written")
+    run.log.open(run.log_path, source, append)
+
+
+def log_beginning(run: Run, source: bytes, kernel: str) -> None:
+    """Log what runs and where."""
+    line, code = f"settings: {assignments(run.settings, list(FIELDS))}", hashlib.sha256(source).hexdigest()
+    run.log.event("settings", line, source_sha256=code, code_bytes=len(source))
+    own = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU ({platform.machine()})"
+    names = [own] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(names, own)
+    where = {"processes": world_size(), "hardware": " + ".join(names if len(set(names)) > 1 else [own])}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    run.log.event("machine", **where, attention=kernel, **versions, hooks=str(run.hooks))
+
+
+def train_and_export(
+    run: Run, attention: AttentionKernel, text: Tensor, tables: ByteTables, fingerprint: str, limit: int
+) -> None:
+    """Train a model and write its artifact. Raises RunError, Stopped."""
+    s, trainer = run.settings, together(lambda: Trainer(run, attention))
+    sizes = {"parameters": sum(map(torch.numel, trainer.weights)), "validation_tokens": len(text)}
+    run.log.event("data", **sizes, training_tokens=sum(trainer.shard_lengths))
+    scorer = Scorer(trainer.model, text, tables, s.eval_seq_len, s.val_batch_size // SPANS, run.hooks)
+    calibration = trainer.run(lambda: scorer.score_windows(s.eval_seq_len), limit)
+    clock, score = Clock(), scorer.score_windows(s.eval_seq_len)
+    report_stage(run, "averaged", score, clock.seconds())
+    run.hooks.on_stage("averaged", score)
+    report_progress(run.hooks, "quantizing and coding", 0)
     together(
-        lambda: open_outputs(
-            Path(f"logs/{s.run_id}.txt"), None if s.eval_only else path, source.decode(), resumed
-        ),
-        1,
+        lambda: write_atomically(run.artifact_path, export(run, trainer, fingerprint, calibration, limit)), 1
     )
 
-    def read_artifact():
-        data = from_rank0(together(path.read_bytes, 1))
-        return len(data), *unpack_artifact(data, path)
 
+def score_artifact(run: Run, model: GPT, tokens: Tensor, tables: ByteTables) -> None:
+    """Score a model from an artifact by all stages. Raises RunError, Stopped."""
+    if run.device.type == "cuda":
+        compile_scoring(run, model, tables)
+    evaluation = Evaluation(run, model, tokens, tables)
+    run.hooks.on_scoring(evaluation)
+    restored = run.hooks.restore_scoring()
+    if restored is not None:
+        evaluation.load_state_dict(restored)
+    if evaluation.ttt.records:
+        run.log.event("resumed", chunk=len(evaluation.ttt.records))
+    evaluation.run()
+
+
+def execute(run: Run) -> None:
+    """Train, unless there is only something to score; score the artifact on disk."""
+    s, hooks, source = run.settings, run.hooks, Path(__file__).read_bytes()
+    if run.device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # of shapes and modes that the model meets
+    s.run_id = from_rank0(s.run_id or Path(s.resume).stem or str(uuid.uuid4()))
+    limit = s.artifact_limit - len(source)
+    hooks.on_start(run)
+    phase = hooks.restore_phase()
+    together(lambda: open_log(run, source.decode(), append=bool(phase)), 1)
+    only_score = s.eval_only or phase == "scoring"
     if only_score:
-        size, made_with, kept, stored = read_artifact()
-        s = parse_settings(os.environ, kept | dict(run_id=s.run_id))
-        for name in NAMES[NAMES.index("num_layers") : NAMES.index("matrix_lr")]:
-            if getattr(s, name) != kept[name]:
-                raise RunError(f"{assignments(s, [name.upper()])}, but the artifact has {show(kept[name])}")
-    notify("settings", s)
-    log("settings", "settings: " + assignments(s, FIELDS).replace("{", "{{").replace("}", "}}"))
-    (kernel, attention), dtype = choose_attention(device), torch.bfloat16 if cuda else torch.float32
-    hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})"
-    log("machine", processes=world_size(), hardware=hardware, attention=kernel)
+        data, artifact = read_artifact(run)
+        s = run.settings = settings_for_scoring(os.environ, artifact, s.run_id)
+    kernel, attention = choose_attention(run.device)
+    log_beginning(run, source, kernel)
     tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
-    with device:
+    with run.device:
         tables = byte_tables(tokenizer)
-    tokens = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(device)
+    text = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(run.device)
     if not only_score:
-        trainer = together(lambda: Trainer(s, device, attention, dtype))
-        log(
-            "data",
-            parameters=sum(map(torch.numel, trainer.weights)),
-            validation_tokens=len(tokens),
-            training_tokens=sum(map(len, trainer.shards)),
-        )
-        scorer = Scorer(trainer.model, tokens, tables, s.eval_seq_len, s.val_batch_size // 8)
-        validate = lambda: scorer.score_all(s.eval_seq_len)
-        moments = trainer.run(validate, limit)
-        evaluate(averaged=validate)
-        together(lambda: write_atomically(path, export(s, fingerprint, trainer, moments, limit)), 1)
-        size, made_with, _, stored = read_artifact()
-        del trainer, scorer, validate, moments
-    log(
-        "size", "Total submission size int+rans: {total} bytes", total=size + len(source), artifact_bytes=size
-    )
-    if made_with != fingerprint:
-        raise RunError(f"artifact {path}: made with another tokenizer than {s.tokenizer_path}")
-    model = GPT(s, attention, dtype)
-    try:
-        model.load_state_dict(dequantize(stored))
-    except RuntimeError:
-        raise RunError(f"artifact {path}: not the tensors of its settings") from None
-    model, clock = model.on(device), timer()
-    compile_scoring(s, model, tables)
-
-    before = notify("scoring", path, tokenizer) or 0
-    seconds = lambda: (cuda and torch.cuda.synchronize(), before + clock())[1]
-    evaluate(**scoring_stages(s, model, tokens, tables, seconds))
-    notify("end")
-    if lost:
-        raise RunError(f"the log is not whole: {lost[0]}")
-    if size > limit:
-        raise RunError(
-            f"submission {size - limit} bytes over ARTIFACT_LIMIT={s.artifact_limit}; {path} is kept"
-        )
+        train_and_export(run, attention, text, tables, fingerprint, limit)
+        data, artifact = read_artifact(run)
+    total, own = len(data) + len(source), {"artifact_bytes": len(data), "side_bytes": side_bytes(data)}
+    run.log.event("size", f"Total submission size int+rans: {total} bytes", total=total, **own)
+    model = load_for_scoring(artifact, run.artifact_path, run, attention, fingerprint)
+    score_artifact(run, model, text, tables)
+    hooks.on_end()
+    if run.log.lost:
+        raise RunError(f"the log is not whole: {run.log.lost}")
+    if total > s.artifact_limit:
+        over = f"submission {total - s.artifact_limit} bytes over ARTIFACT_LIMIT={s.artifact_limit}"
+        raise RunError(f"{over}; {run.artifact_path} is kept")
 
 
-def main():
-    try:
-        if sys.argv[1:] == ["--help"]:
-            print(__doc__ + TABLE, flush=True)
-        elif sys.argv[1:]:
-            raise RunError(f"unknown argument {sys.argv[1]}, see --help")
-        else:
-            run(parse_settings(os.environ))
-            if dist.is_initialized():
-                dist.destroy_process_group()
+def main() -> int:
+    """Returns the exit status: 0, 2 after an error, 75 if stopped and to be resumed."""
+    if sys.argv[1:] == ["--help"]:
+        print(help_text(), flush=True)
         return 0
+    hooks, status = NO_HOOKS, 0
+    try:
+        if sys.argv[1:]:
+            raise RunError(f"unknown argument {sys.argv[1]}, see --help")
+        s, device = parse_settings(os.environ), start_processes()
+        hooks = load_hooks(s)
+        execute(Run(s, device, hooks, Log(hooks)))
+    except Stopped:
+        hooks.on_stopped()
+        status = STOPPED_STATUS
     except Exception as e:
-        notify("failed", e)
-        if not isinstance(e, (RunError, OSError)):
-            raise
-        who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"train_gpt.py: {who}error: {e}", file=sys.stderr)
-        return 2
+        hooks.on_error(e)
+        status = STOPPED_STATUS if hooks.should_stop() else 2  # others have stopped, which is the error
+        if status == 2 and isinstance(e, (RunError, OSError)):
+            who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            print(f"train_gpt.py: {who}error: {e}", file=sys.stderr)
+        elif status == 2:
+            traceback.print_exc()
+    nccl_may_wait = status == 2 and torch.cuda.is_available()
+    if dist.is_initialized() and not nccl_may_wait:
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
-    os._exit(main())  # threads of PyTorch may abort a normal exit
+    from train_gpt import main  # one copy of this module, whoever imports it
+
+    sys.exit(main())

@@ -1,8 +1,10 @@
 """Tiny models, made-up data, and the worker that every process of test_world_size.py runs."""
 
+import io
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,8 @@ def settings(**extra):
 
 
 def made_up_tokens(count, seed=0, vocab=64):
-    """A learnable stream (count,) int32: each token allows four successors; every other run of 48 tokens repeats one."""
+    """A learnable stream (count,) int32: each token allows four successors; every other run of 48 tokens
+    repeats one."""
     random = np.random.default_rng(seed)
     tokens = np.zeros(count, np.int32)
     for i in range(1, count):
@@ -87,20 +90,49 @@ def random_batch(rows=4, length=16, seed=0):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def scorer_of(model, s, tokens, cls=T.Scorer):
-    return cls(model, torch.as_tensor(tokens).int(), byte_tables(), s.eval_seq_len, s.val_batch_size // 8)
+def scorer_of(model, s, tokens, hooks=T.NO_HOOKS):
+    """A Scorer of EVAL_SEQ_LEN, with byte_tables()."""
+    batch, device = s.val_batch_size // 8, model.tok_emb.device
+    tables = T.ByteTables(*(t.to(device) for t in byte_tables()))
+    return T.Scorer(model, torch.as_tensor(tokens).int().to(device), tables, s.eval_seq_len, batch, hooks)
 
 
-class PerTarget(T.Scorer):
-    """A Scorer that keeps the nll of each target, each of which it may meet once."""
+def one_lane(scorer):
+    """A plan that reads the text in one go, and its length."""
+    return T.plan_windows(scorer.targets, scorer.targets, 1), scorer.targets
 
-    def measure(self, nll, at, begin, end):
-        if not hasattr(self, "nll"):
-            self.nll = torch.full((self.targets,), math.nan, dtype=torch.float64, device=nll.device)
-        scored = (begin <= at) & (at < end)
-        assert self.nll[at[scored]].isnan().all()  # none is scored twice
-        self.nll[at[scored]] = nll[scored].double()
-        return super().measure(nll, at, begin, end)
+
+class PerTarget(T.Hooks):
+    """Keeps the nll of each target, which may be scored once."""
+
+    nll = None
+
+    def on_scores(self, read, scored, sums):
+        if self.nll is None:
+            self.nll = torch.full(
+                (read.scorer.targets,), math.nan, dtype=torch.float64, device=read.at.device
+            )
+        targets = read.at[scored]
+        assert self.nll[targets].isnan().all() and len(targets.unique()) == len(targets)
+        self.nll[targets] = read.losses.detach()[scored].double()
+
+
+def ttt_of(scorer, s, learner=None, clock=None):
+    """TestTimeTraining in EVAL_MODE."""
+    learner = learner or T.Learner(scorer.model, s, scorer.hooks)
+    return T.TestTimeTraining(T.EVAL_MODES[s.eval_mode](s, scorer, learner), clock)
+
+
+def score_first_ttt(scorer, s, learner=None, clock=None):
+    """The whole Score, and each chunk's (Score, epochs)."""
+    ttt = ttt_of(scorer, s, learner, clock)
+    return ttt.run(), [(T.Score(*sums.tolist()), epochs) for sums, epochs in ttt.records]
+
+
+def learn(learner, tokens, epochs, lr):
+    """Learn from the whole sequences in tokens (C + 1,), as from a chunk in sliding mode."""
+    s = replace(learner.s, ttt_lr=lr, ttt_chunk_tokens=len(tokens) - 1)
+    T.SlidingMode(s, scorer_of(learner.model, s, tokens), learner).learn_chunk(0, epochs)
 
 
 def changed(tokens, i):
@@ -109,19 +141,39 @@ def changed(tokens, i):
     return tokens
 
 
-def trainer_of(folder, **extra):
-    """A Trainer on the shards in folder; `measured` collects what each step returns."""
-    trainer = T.Trainer(
-        settings(DATA_PATH=folder, **extra), torch.device("cpu"), T.torch_attention, torch.float32
-    )
-    trainer.measured, step = [], trainer.step
+class Trainer(T.Trainer):
+    """`measured` collects what each step returns."""
 
-    def recorded(*args, **kwargs):
-        trainer.measured.append(step(*args, **kwargs))
-        return trainer.measured[-1]
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.measured = []
 
-    trainer.step = recorded
-    return trainer
+    def train_step(self, spans, multiplier, momentum):
+        self.measured.append(super().train_step(spans, multiplier, momentum))
+        return self.measured[-1]
+
+
+def trainer_of(folder, cls=Trainer, hooks=T.NO_HOOKS, **extra):
+    """A Trainer on the shards in folder."""
+    return cls(T.Run(settings(DATA_PATH=folder, **extra), torch.device("cpu"), hooks, T.Log(hooks)))
+
+
+def round_trip(state):
+    """A state as a checkpoint gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def factors_of(moments):
+    """As export() makes them of moments, which stay as they are."""
+    return {name: T.factor(m.clone()) for name, m in moments.items()}
+
+
+def start_qat(trainer):
+    """As Trainer.run() does when late QAT begins."""
+    trainer.fix_steps(trainer.calibrate().fisher, trainer.s.artifact_limit)
 
 
 def snapshot(weights):
@@ -150,7 +202,8 @@ TTT_ADAPT = dict(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=3.45, TTT_ENTROPY_LOW=3, 
 
 
 def worker(rank, world, folder, port):
-    """Train, score and learn while scoring as one of `world` processes; leave what came out in WORLD-RANK.pt."""
+    """Train, score and learn while scoring as one of `world` processes; leave what came out in
+    WORLD-RANK.pt."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -169,24 +222,25 @@ def worker(rank, world, folder, port):
 
     tokens = made_up_tokens(5 * 48 + 21, seed=9)  # five chunks of three sequences and a short last one
     for stride in (32, 5):
-        found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_all(stride)
-    found["streamed"] = scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)).stream_all()
+        found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_windows(stride)
+    found["streamed"] = scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)).score_streams()
     for name, extra in (TTT_RUNS | STREAM_RUNS).items():
         s = settings(
             EVAL_STRIDE=24, EVAL_MODE="streaming" if name in STREAM_RUNS else "sliding", **TTT_ADAPT, **extra
         )
         with undone(trainer.weights):
-            scorer, learner = scorer_of(trainer.model, s, tokens), T.Learner(trainer.model, s)
-            _, records = T.score_first_ttt(scorer, learner, s)
-            found[name] = dict(records=records, after=scorer.score_all(7), weights=snapshot(trainer.weights))
+            scorer = scorer_of(trainer.model, s, tokens)
+            _, records = score_first_ttt(scorer, s)
+            after = scorer.score_windows(7)
+            found[name] = dict(records=records, after=after, weights=snapshot(trainer.weights))
 
     found["changed"] = []
     for stream in (torch.as_tensor(tokens), changed(tokens, CHANGED)):
         s = settings(EVAL_MODE="streaming", **TTT_ADAPT)
         with undone(trainer.weights):
-            scorer = scorer_of(trainer.model, s, stream, PerTarget)
-            T.score_first_ttt(scorer, T.Learner(trainer.model, s), s)
-            found["changed"].append(scorer.nll)
+            scores = PerTarget()
+            score_first_ttt(scorer_of(trainer.model, s, stream, scores), s)
+            found["changed"].append(scores.nll)
 
     def fail_on_the_last():
         if rank == world - 1:

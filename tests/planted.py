@@ -1,4 +1,7 @@
-"""train_gpt.py with a fault in it: `planted.py NAME [VALUE]`, for the tests of what a run survives and how it ends."""
+"""train_gpt.py with a fault in it: `planted.py NAME [VALUE]`, to test what a run survives and how it ends.
+
+A fault is a hook beside the run's own; only that it is there is patched in.
+"""
 
 import os
 import resource
@@ -7,41 +10,59 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import torch  # noqa: E402
+
 import train_gpt as T  # noqa: E402
+from tools.run import HookGroup  # noqa: E402
+from tools.run.watch import Watch  # noqa: E402
 
-import tools.extras  # noqa: E402
-
-AT = 6  # the step of training at which a fault strikes
+AT = 6  # the step of training, or update of TTT, before which a fault strikes
 SHARD = Path("data/fineweb_train_000000.bin")
 
 
-def strike(fault, owner=T.Trainer, name="step", at=AT):
-    """Call fault(first argument) before the step `at`, after a warm-up of one step; or before a call of another function."""
-    function, calls = getattr(owner, name), 0
+class Fault(T.Hooks):
+    """Strikes once, at a place: calls `strike(what the hook there is given first)`."""
 
-    def faulty(*args):
-        nonlocal calls
-        calls += 1
-        if calls == at + 1:
-            fault(args[0])
-        return function(*args)
+    def __init__(self, place, strike):
+        self.place, self.strike, self.updates = place, strike, 0
 
-    setattr(owner, name, faulty)
+    def at(self, place, argument=None):
+        if place == self.place:
+            self.place = None
+            self.strike(argument)
+
+    def on_step(self, trainer, last):
+        if trainer.done == AT - 1:
+            self.at("step", trainer)
+
+    def before_update(self, learner):
+        self.updates += 1
+        if self.updates == AT:
+            self.at("update", learner)
+
+    def on_progress(self, stage, done):
+        self.at(stage)
+
+    def on_event(self, name, values):
+        self.at(f"event {name}")
 
 
 def on_last_rank(fault):
-    """Only the last rank strikes; the others wait 5 seconds for a silent one."""
-    tools.extras.SILENCE = 5
+    """Strike there only; the others wait 5 seconds for a silent one."""
+    Watch.SILENCE = 5
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    strike(fault if last else lambda trainer: None)
+    return Fault("step" if last else None, fault)
 
 
 def between_reads(fault):
-    """What shrinks between the look at its size and the read, microseconds later, ends a process by SIGBUS."""
-    strike(lambda trainer: (time.sleep(0.3), fault()))
+    """Strike when the loader rests: what shrinks between the look at its size and the read ends in SIGBUS."""
+
+    def strike(trainer):
+        time.sleep(0.3)
+        fault()
+
+    return Fault("step", strike)
 
 
 def fail(trainer):
@@ -50,37 +71,52 @@ def fail(trainer):
 
 def spoil_gradient(name):
     """From the step AT on, NaN in a gradient."""
-    parameter = lambda trainer: dict(trainer.model.named_parameters())[name]
-    strike(lambda trainer: parameter(trainer).register_hook(lambda grad: grad * torch.nan))
+
+    def strike(trainer):
+        parameter = dict(trainer.model.named_parameters())[name]
+        parameter.register_hook(lambda grad: grad * torch.nan)
+
+    return Fault("step", strike)
 
 
-def terminate(_):
-    os.kill(os.getpid(), signal.SIGTERM)
+def send(name):
+    """A fault that sends this process a signal."""
+    return lambda _: os.kill(os.getpid(), name)
 
 
 def limit_files(size):
     """No file may grow beyond `size` bytes, as on a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
+    return T.Hooks()
 
 
 FAULTS = {
     "raise": lambda: on_last_rank(fail),
-    "kill": lambda: on_last_rank(lambda trainer: os.kill(os.getpid(), signal.SIGKILL)),
-    "freeze": lambda: on_last_rank(lambda trainer: os.kill(os.getpid(), signal.SIGSTOP)),
-    "sigterm": lambda: strike(terminate),
-    "sigterm in TTT": lambda: strike(terminate, T.Learner, "update"),
-    "sigterm in warm-up": lambda: strike(terminate, T.Trainer, "warm_up", 0),
-    "sigterm in choice": lambda: strike(terminate, T.Trainer, "choose", 0),
-    "sigterm in export": lambda: strike(terminate, T, "pack_artifact", 0),
+    "kill": lambda: on_last_rank(send(signal.SIGKILL)),
+    "freeze": lambda: on_last_rank(send(signal.SIGSTOP)),
+    "sigterm": lambda: Fault("step", send(signal.SIGTERM)),
+    "sigterm on one rank": lambda: on_last_rank(
+        send(signal.SIGTERM)
+    ),  # when the ranks have just agreed to go on
+    "sigterm in TTT": lambda: Fault("update", send(signal.SIGTERM)),
+    "sigterm in warm-up": lambda: Fault("warm-up", send(signal.SIGTERM)),
+    "sigterm in choice": lambda: Fault("event average", send(signal.SIGTERM)),
+    "sigterm before export": lambda: Fault("quantizing and coding", send(signal.SIGTERM)),
+    "sigterm in export": lambda: Fault("event quantized", send(signal.SIGTERM)),
     "vanish": lambda: between_reads(SHARD.unlink),
     "shrink": lambda: between_reads(lambda: os.truncate(SHARD, 2000)),
     "change": lambda: between_reads(lambda: SHARD.write_bytes(SHARD.read_bytes()[::-1])),
     "spoil": spoil_gradient,
-    "limit": lambda size: limit_files(int(size)),
-    "none": lambda: None,
-    "other source": lambda: setattr(T, "__file__", __file__),
+    "limit": limit_files,
+    "none": T.Hooks,
 }
 
+
+def main():
+    fault, load_hooks = FAULTS[sys.argv.pop(1)](*(sys.argv.pop() for _ in sys.argv[1:])), T.load_hooks
+    T.load_hooks = lambda s: HookGroup([load_hooks(s), fault])
+    return T.main()
+
+
 if __name__ == "__main__":
-    FAULTS[sys.argv.pop(1)](*(sys.argv.pop() for _ in sys.argv[1:]))
-    sys.exit(T.main())
+    sys.exit(main())

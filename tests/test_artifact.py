@@ -1,5 +1,5 @@
-"""The artifact gives back what the quantizer made, is as small as entropy allows, lands just under its limit, and is refused
-whole when any of it is wrong."""
+"""The artifact gives back what the quantizer made, is as small as entropy allows, lands just under its
+limit, and is refused whole when any of it is wrong."""
 
 import hashlib
 import io
@@ -15,31 +15,33 @@ import constriction
 import numpy as np
 import pytest
 import torch
+from helpers import factors_of, made_up_tokens, random_batch, random_model, settings
 
 import train_gpt as T
-from bench import factors_of
-from helpers import made_up_tokens, random_batch, random_model, settings
 
 LARGE = dict(MODEL_DIM=288, NUM_LAYERS=2, VE_LAYERS="0", VOCAB_SIZE=512)
 
 
 class Calibrated:
-    """A model, and what the exporter knows of it: the moments of its inputs, the steps `base`, the factors for GPTQ."""
+    """A model, and what the exporter knows of it: the moments of its inputs, the steps `base`, the factors
+    for GPTQ."""
 
     def __init__(self, **extra):
         self.model, self.s = random_model(settings(**extra)), settings()
-        self.moments, fisher = T.calibrate(self.model, torch.as_tensor(made_up_tokens(641)).int(), 16)
-        self.base = T.base_steps(self.model, fisher)
-        self.factors = factors_of(self.moments)
+        self.calibration = T.calibrate(self.model, torch.as_tensor(made_up_tokens(641)).int(), 16)
+        self.base = T.base_steps(self.model, self.calibration.fisher)
+        self.factors = factors_of(self.calibration.moments)
 
-    @cache
+    @cache  # noqa: B019 (a few models live as long as the tests)
     def quantized(self, knob=1.0):
         """What the exporter would store."""
         return T.quantize(self.model.state_dict(), T.scaled(self.base, knob), self.factors)
 
     def export(self, limit, knob=1.0):
-        trainer, moments = SimpleNamespace(model=self.model, base=self.base, knob=knob), self.moments
-        return T.export(self.s, "", trainer, {name: m.clone() for name, m in moments.items()}, limit)
+        trainer = SimpleNamespace(model=self.model, base=self.base, knob=knob)
+        moments = {name: m.clone() for name, m in self.calibration.moments.items()}
+        run = T.Run(self.s, torch.device("cpu"))
+        return T.export(run, trainer, "", self.calibration._replace(moments=moments), limit)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,8 @@ def test_integers_take_at_most_half_a_percent_more_than_their_matrices_entropy(l
             p = torch.bincount(matrix.flatten() + T.MOST).double() / matrix.numel()
             bits -= matrix.numel() * torch.xlogy(p, p).sum().item() / math.log(2)
     data = T.pack_artifact(large.model.s, "f" * 64, stored)
-    assert len(data) - 44 - int.from_bytes(data[40:44], "little") <= 1.005 * bits / 8
+    assert T.side_bytes(data) == 44 + int.from_bytes(data[40:44], "little")
+    assert len(data) - T.side_bytes(data) <= 1.005 * bits / 8
 
 
 # Packing
@@ -150,7 +153,7 @@ def test_the_artifact_gives_back_what_the_quantizer_made():
     model, stored = calibrated.model, calibrated.quantized()
     fingerprint, kept, found = T.unpack_artifact(T.pack_artifact(model.s, "f" * 64, stored), "x.bin")
     assert fingerprint == "f" * 64
-    assert kept == {name: getattr(model.s, name) for name in T.NAMES}
+    assert kept == {name: getattr(model.s, name) for name in T.KEPT}
     assert found.keys() == stored.keys()
     for name, t in found.items():
         assert t.dtype == stored[name].dtype and torch.equal(t, stored[name])
@@ -166,7 +169,7 @@ def test_integers_of_all_sizes_are_kept():
         "a.scale": torch.ones(2, 1).half(),
         "b": torch.tensor(0.5).half(),
     }
-    found = T.unpack_artifact(T.pack_artifact(settings(), "", stored), "x.bin")[2]
+    found = T.unpack_artifact(T.pack_artifact(settings(), "", stored), "x.bin").stored
     assert all(torch.equal(found[name], t) for name, t in stored.items())
 
 
@@ -207,7 +210,7 @@ def test_every_altered_byte_is_refused(artifact):
 
 def test_mutations_behind_a_right_checksum_end_in_an_error_or_in_a_model_of_the_right_form(artifact):
     """As a forger would make them: bytes altered, dropped, doubled, in header and code."""
-    random, good = np.random.default_rng(0), T.unpack_artifact(artifact, "x.bin")[2]
+    random, good = np.random.default_rng(0), T.unpack_artifact(artifact, "x.bin").stored
     end, outcomes = 44 + int.from_bytes(artifact[40:44], "little"), []
     for i in range(200):
         body = bytearray(artifact[40:])
@@ -225,7 +228,7 @@ def test_mutations_behind_a_right_checksum_end_in_an_error_or_in_a_model_of_the_
         else:
             body[at] ^= 1 << random.integers(8)
         try:
-            found = T.unpack_artifact(with_checksum(bytes(body)), "x.bin")[2]
+            found = T.unpack_artifact(with_checksum(bytes(body)), "x.bin").stored
             assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
                 n: (t.shape, t.dtype) for n, t in good.items()
             }
@@ -269,7 +272,9 @@ def sealed(side, code=b""):
 def test_nothing_in_an_artifact_is_executed(artifact, tmp_path):
     evil, (arrays, code) = Evil(tmp_path / "executed"), parts_of(artifact)
     loaders = [lambda data: np.load(io.BytesIO(data), allow_pickle=True)["smear_gate"], pickle.loads]
-    for data, loader in zip((npz(**arrays | dict(smear_gate=np.array([evil]))), pickle.dumps(evil)), loaders):
+    for data, loader in zip(
+        (npz(**arrays | dict(smear_gate=np.array([evil]))), pickle.dumps(evil)), loaders, strict=True
+    ):
         assert refused(sealed(lzma.compress(data), code))
         assert not (tmp_path / "executed").exists()
         loader(data)  # it would have worked

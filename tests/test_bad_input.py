@@ -1,4 +1,5 @@
-"""Whatever is wrong with a run's input is one line on every rank and an exit status, early, and never a traceback or a hang."""
+"""Whatever is wrong with a run's input is one line on every rank and an exit status, early, and never a
+traceback or a hang."""
 
 import hashlib
 import io
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+
 import train_gpt as T
 
 ARTIFACT = Path("logs/tiny.bin")
@@ -45,7 +47,8 @@ def folder(scored):
 
 
 def message_of(result, who=""):
-    """The message of a failed run, which is all that train_gpt.py says on stderr; warnings of libraries are not its own."""
+    """The message of a failed run, which is all that train_gpt.py says on stderr; warnings of libraries
+    are not its own."""
     assert result.status != 0
     assert 'train_gpt.py", line' not in result.err
     (line,) = (line for line in result.err.splitlines() if line.startswith("train_gpt.py: "))
@@ -72,7 +75,7 @@ def errors_of(folder, world_size=2, **settings):
 
 def spoil(path, position, value):
     """Change one token of a shard."""
-    tokens = T.open_shard(path).tolist()
+    tokens = T.Shard(path).read().tolist()
     tokens[position] = value
     tiny.write_shard(path, tokens)
 
@@ -87,7 +90,7 @@ TRAIN, LAST, VAL = (
 TOKENIZER = Path("tokenizer.model")
 
 
-GET_DATA = ["`make demo`", "`python tools/fineweb.py`"]
+GET_DATA = ["`make demo`", "`python -m tools.fineweb`"]
 
 
 @pytest.mark.parametrize(
@@ -135,12 +138,14 @@ def test_a_bad_id_further_on_names_its_span(folder):
     ids=["changed", "gone"],
 )
 def test_a_shard_that_changes_under_the_run_is_named(folder, monkeypatch, change, said):
-    def change_once(*args):
-        if os.path.exists(folder / TRAIN) and os.stat(folder / TRAIN).st_mtime:
-            change(folder / TRAIN)
-        return 1.0
+    """By the program alone, whose hooks do nothing else here."""
 
-    monkeypatch.setattr(T, "lr_multiplier", change_once)  # which the first step asks for
+    class Change(T.Hooks):
+        def on_step(self, trainer, last):
+            if trainer.done == 0:
+                change(folder / TRAIN)
+
+    monkeypatch.setattr(T, "load_hooks", lambda s: Change())
     message = message_of(tiny.run(folder))
     assert TRAIN.name in message and said in message and not (folder / ARTIFACT).exists()
 
@@ -152,6 +157,7 @@ def test_a_shard_that_changes_under_the_run_is_named(folder, monkeypatch, change
         (dict(TTT_LRR=3), ["TTT_LRR ", "the nearest is TTT_LR"]),
         (dict(NUM_LAYERS="two"), ["NUM_LAYERS='two'", "integer"]),
         (dict(BETA1=2), ["BETA1='2'", "0.999999"]),
+        (dict(EVAL_MODE="windows"), ["EVAL_MODE='windows'", "sliding or streaming"]),
         (dict(TRAIN_BATCH_TOKENS=500), ["TRAIN_BATCH_TOKENS=500", "TRAIN_SEQ_LEN=32"]),
         (dict(MODEL_DIM=34), ["MODEL_DIM=34", "NUM_HEADS=2"]),
         (dict(NUM_HEADS=3), ["MODEL_DIM=32", "NUM_HEADS=3"]),

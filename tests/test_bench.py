@@ -1,4 +1,6 @@
-"""tools/bench.py: plausible figures at a tiny size, and its arithmetic against hand counts. tools/gpu_checks.sh runs."""
+"""tools/bench.py: plausible figures at a tiny size, and its arithmetic against hand counts.
+tools/gpu_checks.sh runs.
+"""
 
 import gzip
 import json
@@ -7,16 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-import bench
-import train_gpt as T
 from helpers import BASE, random_batch, settings, write_shards
 from tiny import text, train_tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt as T
+from tools import bench, kernels
 
 ROOT = Path(T.__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -63,7 +66,7 @@ def check_common(found, name):
 
 def check_speed(found):
     ms = list(found["ms"].values())
-    assert 0 < ms[0] and ms == sorted(ms)
+    assert ms[0] > 0 and ms == sorted(ms)
     assert found["tokens_per_second"] == pytest.approx(
         1000 * found["tokens_per_step"] / found["ms"]["median"]
     )
@@ -142,30 +145,30 @@ def test_tokens_come_from_shards_if_wanted(tmp_path, monkeypatch):
     write_shards(tmp_path)
     (tmp_path / "fineweb_train_000000.bin").rename(tmp_path / "fineweb_val_000000.bin")
     s = settings(DATA_PATH=tmp_path)
-    tokens = bench.Bench(s, CPU, None, None, False, 1, True, None).tokens(5000)
+    tokens = bench.Bench(T.Run(s, CPU), shards=True).tokens(5000)
     assert torch.equal(tokens[:1000], tokens[4000:]) and (tokens[48:96] == 7).all()
-    uniform = bench.Bench(s, CPU, None, None, False, 1, False, None).tokens(64_000)
-    assert 800 < uniform.bincount(minlength=64).min() and uniform.bincount().max() < 1200
+    uniform = bench.Bench(T.Run(s, CPU)).tokens(64_000)
+    assert uniform.bincount(minlength=64).min() > 800 and uniform.bincount().max() < 1200
 
 
 # What a step costs
 
 
-def plain_attention(q, k, v):
+def plain_attention(q, k, v, mask=None):
     """The definition, whose products a counter sees; it computes what the mask then drops."""
     k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2).transpose(1, 2) for t in (k, v))
     scores = q.transpose(1, 2) @ k.mT / q.size(-1) ** 0.5
-    mask = torch.ones(q.size(1), q.size(1)).tril().log()
-    return ((scores + mask).softmax(-1) @ v).transpose(1, 2)
+    causal = torch.ones(q.size(1), q.size(1)).tril().log()
+    return ((scores + causal).softmax(-1) @ v).transpose(1, 2)
 
 
 @pytest.mark.parametrize(
-    "extra", [dict(), dict(TIE_EMBEDDINGS=0), dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0)], ids=str
+    "extra", [{}, {"TIE_EMBEDDINGS": 0}, {"BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0}], ids=str
 )
 def test_flop_are_those_that_a_counter_finds(extra):
     s = settings(**extra)
     model, (x, y) = T.GPT(s, plain_attention).initialize(), random_batch(4, 16)
-    flop = bench.forward_flop(model, s, 16)[0] * x.numel()
+    flop = bench.forward_flop(model, 16)[0] * x.numel()
     masked = 2 * s.num_layers * 16 * s.model_dim * x.numel()
     with FlopCounterMode(display=False) as forward:
         nll = model(x, y, model.matrices())
@@ -187,8 +190,7 @@ def test_flop_at_the_records_size():
     )
     assert round(banks / 1e6, 1) == 26.0
     assert (
-        3 * bench.forward_flop(model, s, 2048)[0]
-        == 6 * (banks + head + bigrams + values) + 6 * 11 * 2048 * 512
+        3 * bench.forward_flop(model, 2048)[0] == 6 * (banks + head + bigrams + values) + 6 * 11 * 2048 * 512
     )
 
 
@@ -238,11 +240,13 @@ def test_kernels_are_told_apart(part, name, inside):
 
 
 def event(cat, name, ts, dur, tid=1, **args):
-    return dict(ph="X", cat=cat, name=name, ts=ts, dur=dur, tid=tid, args=args)
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
 
 
 def test_a_gpus_kernels_belong_where_they_were_launched():
-    """Also on the thread of the backward pass; ranges on the GPU count for nothing, and overlaps only once as busy."""
+    """Also on the thread of the backward pass; ranges on the GPU count for nothing, and overlaps only once as
+    busy.
+    """
     found, busy = bench.kernels_of(
         [
             event("user_annotation", bench.STEP, 0, 100),
@@ -254,7 +258,7 @@ def test_a_gpus_kernels_belong_where_they_were_launched():
             event("cpu_op", "TanhBackward0", 20, 9, 2),
             event("cuda_runtime", "cudaLaunchKernel", 21, 1, 2, correlation=3),
             event("cuda_runtime", "cudaMemcpyAsync", 30, 1, correlation=4),
-            dict(ph="s", cat="ac2g", name="ac2g", ts=2, tid=1),
+            {"ph": "s", "cat": "ac2g", "name": "ac2g", "ts": 2, "tid": 1},
             event("gpu_user_annotation", bench.OPTIMIZER, 40, 50, tid=7),
             event("kernel", "a", 10, 20, tid=7, correlation=1),
             event("kernel", "b", 60, 10, tid=7, correlation=2),
@@ -299,14 +303,14 @@ def test_compilations_after_the_warm_up_are_counted():
         function(torch.ones(n))
         return {}
 
-    given = bench.Bench(settings(), CPU, None, None, True, 1, False, None)
-    again, other = (bench.after_warm_up(lambda: call(3), lambda: call(n), given) for n in (3, 4))
+    given = bench.Bench(T.Run(settings(), CPU), compiled=True)
+    again, other = (bench.after_warm_up(lambda: call(3), partial(call, n), given) for n in (3, 4))
     torch._dynamo.reset()
     assert (again["recompilations"], other["recompilations"], other["graph_breaks"]) == (0, 1, 0)
 
 
 def test_what_waits_for_the_device_is_named():
-    given = bench.Bench(settings(), CPU, None, None, False, 1, False, None)
+    given = bench.Bench(T.Run(settings(), CPU))
     assert (
         bench.host_syncs(lambda: torch.ones(()).item(), given)
         == "aten._local_scalar_dense waits for a tensor's values"
@@ -324,11 +328,11 @@ def test_what_waits_for_the_device_is_named():
         (["fly"], {}, "argument bench: invalid choice: 'fly'"),
         (["train", "--steps", "0"], {}, "argument --steps: '0' is not an integer from 1"),
         (["train", "--attention", "flash"], {}, "--attention flash: only GPUs have a choice of kernels"),
-        (["score", "--shards"], dict(DATA_PATH="nowhere"), "DATA_PATH=nowhere has no fineweb_val_*.bin"),
-        (["train", "--shards"], dict(DATA_PATH="nowhere"), "DATA_PATH=nowhere has no fineweb_train_*.bin"),
-        (["train"], dict(NUM_LAYER="3"), "NUM_LAYER is no setting; the nearest is NUM_LAYERS"),
-        (["train", "--profile", "nowhere/trace.json"], {}, "nowhere/trace.json: no such folder"),
-        (["train", "--json", "nowhere/figures"], {}, "nowhere/figures: no such folder"),
+        (["score", "--shards"], {"DATA_PATH": "nowhere"}, "DATA_PATH=nowhere has no fineweb_val_*.bin"),
+        (["train", "--shards"], {"DATA_PATH": "nowhere"}, "DATA_PATH=nowhere has no fineweb_train_*.bin"),
+        (["train"], {"NUM_LAYER": "3"}, "NUM_LAYER is no setting; the nearest is NUM_LAYERS"),
+        (["train", "--profile", "nowhere/trace.json"], {}, "nowhere/trace.json: there is no folder nowhere"),
+        (["train", "--json", "nowhere/figures"], {}, "nowhere/figures: there is no folder nowhere"),
         (["artifact", "--profile", "trace.json"], {}, "--profile: there is no profile of artifact"),
     ],
 )
@@ -349,17 +353,17 @@ def checks(tmp_path):
     train_tokenizer(tmp_path / "tokenizer.model")
     for name in ("train", "val"):
         with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt") as file:
-            file.writelines(json.dumps(dict(text=part)) + "\n" for part in text().split("\n\n"))
+            file.writelines(json.dumps({"text": part}) + "\n" for part in text().split("\n\n"))
 
     def run(*arguments, **environment):
         kept = {name: value for name, value in os.environ.items() if name not in T.FIELDS}
-        ours = dict(
-            CORPUS=tmp_path,
-            TOKENIZER=tmp_path / "tokenizer.model",
-            PYTHON=sys.executable,
-            DRY=1,
-            VOCAB_SIZE=512,
-        )
+        ours = {
+            "CORPUS": tmp_path,
+            "TOKENIZER": tmp_path / "tokenizer.model",
+            "PYTHON": sys.executable,
+            "DRY": 1,
+            "VOCAB_SIZE": 512,
+        }
         environment = {name: str(value) for name, value in (kept | ours | environment).items()}
         return subprocess.run(
             [tmp_path / "tools/gpu_checks.sh", *arguments],
@@ -385,8 +389,8 @@ def test_the_bring_up_on_a_gpu_runs_on_a_cpu_too(checks, tmp_path):
     [
         (["5"], {}, "usage: "),
         ([], {}, "usage: "),
-        (["1"], dict(CORPUS="nowhere"), "CORPUS=nowhere: no folder"),
-        (["1"], dict(TOKENIZER="nowhere"), "TOKENIZER=nowhere: no such file"),
+        (["1"], {"CORPUS": "nowhere"}, "CORPUS=nowhere: no folder"),
+        (["1"], {"TOKENIZER": "nowhere"}, "TOKENIZER=nowhere: no such file"),
     ],
 )
 def test_checks_without_their_data_give_one_line(checks, arguments, environment, told):
@@ -409,3 +413,12 @@ def test_streaming_is_measured_too(capsys, monkeypatch):
     check_speed(ttt)
     assert ttt["tokens_per_step"] == 48 and ttt["flop_per_token"] == 3 * 3 * forward
     assert min(ttt["seconds_per_chunk"].values()) > 0
+
+
+def test_single_kernels_are_timed_and_those_that_are_not_here_are_told():
+    timer = kernels.Timer(CPU, times=1)
+    kernels.time_matrices(timer, 16, 64)
+    kernels.time_newton_schulz(timer, 64)
+    assert len(timer.lines) == 28 and all(" ms " in line for line in timer.lines)
+    timer.line("nothing", lambda: torch.ones(2, device="meta").item())
+    assert timer.lines[-1].startswith("nothing") and "does not run: " in timer.lines[-1]

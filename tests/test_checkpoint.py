@@ -1,4 +1,4 @@
-"""A run that is killed or stopped anywhere and resumed ends as one that never was; what is no checkpoint of it is refused."""
+"""A run that is killed or stopped and resumed ends as one that never was, from its own checkpoint only."""
 
 import hashlib
 import json
@@ -14,7 +14,9 @@ import tiny
 import torch
 from forked import Process
 
-import tools.checkpoint
+import train_gpt as T
+from tools.run import checkpoint
+from tools.run.watch import LOST_RANK
 
 PLANTED = Path(__file__).with_name("planted.py")
 RESUMED = []  # trials that went on from a checkpoint
@@ -127,16 +129,17 @@ def test_most_trials_at_random_moments_went_on_from_a_checkpoint():
 
 def test_sigterm_outside_of_the_loops_saves_what_there_is(folder, undisturbed):
     for phase, told in (
-        ("warm-up", "nothing is saved"),
-        ("choice", "go on with RESUME=logs/tiny.ckpt"),
-        ("export", "go on with RESUME=logs/tiny.ckpt"),
+        ("in warm-up", "nothing is saved"),
+        ("in choice", "go on with RESUME=logs/tiny.ckpt"),
+        ("before export", "go on with RESUME=logs/tiny.ckpt"),
+        ("in export", "go on with RESUME=logs/tiny.ckpt"),
     ):
-        result = finish(start(folder, f"sigterm in {phase}", **ALWAYS, CHECKPOINT_EVERY=60, RESUME="auto"))
-        assert (result.status, result.err) == (tools.checkpoint.STOPPED, "")
+        result = finish(start(folder, f"sigterm {phase}", **ALWAYS, CHECKPOINT_EVERY=60, RESUME="auto"))
+        assert (result.status, result.err) == (T.STOPPED_STATUS, "")
         assert result.out.splitlines()[-1] == f"stopped by SIGTERM; {told}"
     assert "resumed step:12\n" in result.out  # what the second one saved
     result = finish(start(folder, **SAFE))
-    assert "step:" not in result.out  # what the third one saved
+    assert "step:" not in result.out  # what the last one saved
     check_end(folder, result, undisturbed(0))
 
 
@@ -146,7 +149,7 @@ def test_scoring_goes_on_with_the_same_artifact_and_text_only(folder):
     again = ALWAYS | dict(
         EVAL_ONLY=1, ARTIFACT_PATH="a.bin", RUN_ID="again", CHECKPOINT_EVERY=60, RESUME="auto"
     )
-    assert finish(start(folder, "sigterm in TTT", **again)).status == tools.checkpoint.STOPPED
+    assert finish(start(folder, "sigterm in TTT", **again)).status == T.STOPPED_STATUS
     assert tiny.run(folder, **ALWAYS, SEED=2).status == 0
     shutil.copy(folder / "logs/tiny.bin", folder / "a.bin")
     result = tiny.run(folder, **again)
@@ -161,15 +164,37 @@ def test_sigterm_in_training_and_in_ttt_stops_a_run_that_goes_on_later(folder, u
     for fault in ("sigterm", "sigterm in TTT"):
         ranks = start(folder, fault, world=world, **ALWAYS, **MODES[1], CHECKPOINT_EVERY=60, RESUME="auto")
         for result in tiny.finish(ranks, 60):
-            assert (result.status, result.err) == (tools.checkpoint.STOPPED, "") and (
-                folder / CHECKPOINT
-            ).exists()
+            assert (result.status, result.err) == (T.STOPPED_STATUS, "")
+            assert (folder / CHECKPOINT).exists()
             if result.out:
                 assert result.out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
                 seen += re.findall(r"^(resumed \w+):\d+$", result.out, re.M)
     result = tiny.finish(start(folder, world=world, **SAFE | MODES[1]), 60)[0]
     assert seen + re.findall(r"^(resumed \w+):\d+$", result.out, re.M) == ["resumed step", "resumed chunk"]
     check_end(folder, result, undisturbed(1, world))
+
+
+def test_a_signal_that_comes_to_one_rank_after_the_ranks_have_agreed_stops_both_at_a_later_step(
+    folder, undisturbed
+):
+    settings = ALWAYS | dict(CHECKPOINT_EVERY=60, RESUME="auto")
+    ranks = tiny.finish(start(folder, "sigterm on one rank", world=2, **settings), 60)
+    assert [(result.status, result.err) for result in ranks] == [(T.STOPPED_STATUS, "")] * 2
+    assert ranks[0].out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
+    result = tiny.finish(start(folder, world=2, **settings), 60)[0]
+    (step,) = map(int, re.findall(r"^resumed step:(\d+)$", result.out, re.M))
+    assert 6 <= step <= 12
+    check_end(folder, result, undisturbed(0, 2))
+
+
+def test_a_signal_outside_of_the_loops_to_one_rank_ends_the_others_too(folder):
+    settings = ALWAYS | dict(CHECKPOINT_EVERY=60, RESUME="auto")
+    first, other = tiny.finish(start(folder, "sigterm in choice", world=2, **settings), 60)
+    assert (first.status, first.err) == (T.STOPPED_STATUS, "")
+    assert first.out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
+    assert other.status == LOST_RANK and re.search(
+        "stopped, since (rank 0 was stopped by SIGTERM|.*, or rank 0, has gone)\n", other.err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -222,14 +247,15 @@ def test_another_number_of_processes_goes_on_from_the_same_state(resumable, undi
         (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], {}, "altered"),
         (lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:], {}, "altered"),
         (
-            lambda data: tools.checkpoint.MAGIC + hashlib.sha256(b"x").digest() + b"x",
+            lambda data: checkpoint.MAGIC + hashlib.sha256(b"x").digest() + b"x",
             {},
             "not of this version's format",
         ),
+        (lambda data: b"GPTCKPT1" + data[8:], {}, "truncated, altered or no checkpoint"),
         (lambda data: data, dict(NUM_LAYERS=3), "made with NUM_LAYERS=2, not 3"),
         (lambda data: data, dict(SEED=2), "made with SEED=1337, not 2"),
     ],
-    ids=["empty", "header", "byte", "half", "flip", "flip early", "no torch file", "layers", "seed"],
+    ids=["empty", "header", "byte", "half", "flip", "flip early", "no torch file", "older", "layers", "seed"],
 )
 def test_what_is_no_checkpoint_of_this_run_is_refused_and_nothing_is_lost(resumable, change, settings, told):
     (resumable / CHECKPOINT).write_bytes(change((resumable / CHECKPOINT).read_bytes()))
@@ -245,7 +271,10 @@ def test_what_is_no_checkpoint_of_this_run_is_refused_and_nothing_is_lost(resuma
 
 
 def test_other_shards_and_another_source_than_the_checkpoints_are_refused(resumable):
-    result = finish(start(resumable, "other source", **SAFE | NO_QAT))
+    program = resumable / "train_gpt.py"
+    program.write_text(tiny.SCRIPT.read_text("utf-8") + "\n# changed\n", "utf-8")
+    (resumable / "tools").symlink_to(tiny.SCRIPT.parent / "tools")
+    (result,) = tiny.finish([Process([program], resumable, tiny.environment(SAFE | NO_QAT))], 60)
     assert result.status == 2 and "made by another train_gpt.py" in result.err
     tiny.write_shard(resumable / "data/fineweb_train_000001.bin", [1] * 6001)
     result = tiny.run(resumable, **SAFE | NO_QAT)
@@ -254,27 +283,28 @@ def test_other_shards_and_another_source_than_the_checkpoints_are_refused(resuma
 
 def test_resume_auto_without_a_checkpoint_starts_and_without_a_run_id_is_an_error(folder, undisturbed):
     check_end(folder, tiny.run(folder, **ALWAYS, RESUME="auto"), undisturbed(0))
-    assert 'RUN_ID or RESUME != "auto"' in tiny.run(folder, RESUME="auto", RUN_ID="").err
+    assert "RESUME=auto needs RUN_ID" in tiny.run(folder, RESUME="auto", RUN_ID="").err
     assert "none.ckpt" in tiny.run(folder, RESUME="none.ckpt").err
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(folder, undisturbed):
-    """Files may grow to 100,000 bytes: enough for log and artifact, too little for a checkpoint."""
+    """Files may be 20,000 bytes longer than the source: enough for log and artifact, not for a checkpoint."""
     (folder / "logs").mkdir()
-    result = finish(start(folder, "limit", "100000", **SAFE | dict(CHECKPOINT_EVERY=0.2)))
+    limit = str(len(tiny.SCRIPT.read_bytes()) + 20000)
+    result = finish(start(folder, "limit", limit, **SAFE | dict(CHECKPOINT_EVERY=0.2)))
     assert "checkpoint logs/tiny.ckpt could not be written: " in result.out and "; going on\n" in result.out
     check_end(folder, result, undisturbed(0))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    path, state = tmp_path / "a.ckpt", dict(weights=[torch.ones(1000)])
-    tools.checkpoint.write(path, state)
+    path, state = tmp_path / "a.ckpt", dict(made_by={}, phase="training", state=[torch.ones(1000)])
+    checkpoint.write(path, state)
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        tools.checkpoint.write(path, dict(weights=[torch.zeros(1000)]))
+        checkpoint.write(path, state | dict(state=[torch.zeros(1000)]))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.ckpt"]
-    assert torch.equal(tools.checkpoint.read(path, ValueError)["weights"][0], torch.ones(1000))
+    assert torch.equal(checkpoint.read(path)["state"][0], torch.ones(1000))
 
 
 def fail(*_):

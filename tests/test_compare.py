@@ -3,9 +3,10 @@
 import math
 from pathlib import Path
 
-import compare
 import pytest
 from scipy import stats
+
+from tools import compare
 
 A, B = [1.99, 2.01], [2.04, 2.06]
 
@@ -17,12 +18,8 @@ def write(tmp_path, monkeypatch):
 
     def write(name, losses, nats_per_bit=1.7, stage="legal_ttt", tokens=None):
         paths = [f"{name}{i}.txt" for i in range(len(losses))]
-        for path, loss in zip(paths, losses):
-            data = (
-                f"5 parameters; tokens: {tokens} for validation, 9 for training, 9 held out\n"
-                if tokens
-                else ""
-            )
+        for path, loss in zip(paths, losses, strict=False):
+            data = f"data parameters:5 validation_tokens:{tokens} training_tokens:9\n" if tokens else ""
             Path(path).write_text(
                 f"{data}final_int6_roundtrip_exact val_loss:9.00000000 val_bpb:5.00000000\n"
                 f"{stage}_exact val_loss:{loss:.8f} val_bpb:{loss / nats_per_bit:.8f}\n"
@@ -40,8 +37,9 @@ def fails(*arguments):
 
 
 def test_welch_is_what_is_worked_by_hand():
-    # Means 2.00 and 2.05; both variances 2 * 0.01^2 = 0.0002; standard error sqrt(0.0002 / 2 + 0.0002 / 2) = 0.0141421.
-    # t = (0.05 - 0.005) / 0.0141421 = 3.181981 with 2 degrees of freedom, where P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)):
+    # Means 2.00 and 2.05; both variances 2 * 0.01^2 = 0.0002; standard error sqrt(0.0002 / 2 + 0.0002 / 2) =
+    # 0.0141421. t = (0.05 - 0.005) / 0.0141421 = 3.181981 with 2 degrees of freedom, where
+    # P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)):
     # 0.5 - 3.181981 / (2 * 3.482097) = 0.043094.
     test = compare.welch(A, B, 0.005)
     assert test == pytest.approx((3.181981, 2, 0.043094), abs=1e-6)
@@ -63,8 +61,8 @@ def test_welch_is_scipys(a, b, margin):
 
 
 def test_one_side_without_spread_is_tested_against_the_others_spread():
-    # b's variance 0.0002 alone: standard error 0.01, t = (0.05 - 0.005) / 0.01 = 4.5 with 1 degree of freedom, where
-    # P(T > t) = 1/2 - arctan(t) / pi
+    # b's variance 0.0002 alone: standard error 0.01, t = (0.05 - 0.005) / 0.01 = 4.5 with 1 degree of
+    # freedom, where P(T > t) = 1/2 - arctan(t) / pi
     assert compare.welch([2.0, 2.0, 2.0], B, 0.005) == pytest.approx((4.5, 1, 0.5 - math.atan(4.5) / math.pi))
 
 
@@ -108,11 +106,12 @@ def test_the_report_has_every_run_means_deviations_and_the_test(write, capsys):
         ["B", "mean of 2", "", "2.050000", "1.205882"],
         ["B", "standard deviation", "", "0.014142", "0.008319"],
     ]
-    # By test_welch_is_what_is_worked_by_hand. Four a side: t = 0.045 / sqrt(0.0004 / 4) = 4.5 with 6 degrees of freedom,
-    # above the 3.143 of p = 0.01; three: 3.897 with 4, above 3.747; two: 3.18 with 2, below 6.96.
+    # By test_welch_is_what_is_worked_by_hand. Four a side: t = 0.045 / sqrt(0.0004 / 4) = 4.5 with 6 degrees
+    # of freedom, above the 3.143 of p = 0.01; three: 3.897 with 4, above 3.747; two: 3.18 with 2, below 6.96.
     assert summary.splitlines() == [
         "B - A: +0.050000 nats, +0.029412 bpb (above 0: A is better)",
-        "A is better by more than 0.005 nats: p = 0.04309 (Welch's one-sided t-test, t = 3.182, 2.00 degrees of freedom)",
+        "A is better by more than 0.005 nats: p = 0.04309 (Welch's one-sided t-test, t = 3.182, "
+        "2.00 degrees of freedom)",
         "seeds on each side for p < 0.01 at this difference and spread: 3",
     ]
 

@@ -1,4 +1,5 @@
-"""What a training step must not do, read from its graphs: compile again, leave bf16 in products, wait for the device."""
+"""What a training step must not do, read from its graphs: compile again, leave bf16 in products, wait for
+the device."""
 
 import math
 import re
@@ -7,14 +8,14 @@ from collections import Counter
 import pytest
 import torch
 import torch._inductor.async_compile
+from helpers import random_batch, settings, start_qat, write_shards
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
 import train_gpt as T
-from helpers import random_batch, settings, write_shards
+from tools.bench import no_host_sync
 
 CPU, BF16, aten = torch.device("cpu"), torch.bfloat16, torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
@@ -52,15 +53,22 @@ def trainer(folder):
 
 
 def trainer_of(folder):
-    return T.Trainer(settings(DATA_PATH=folder, **SHAPES), CPU, T.torch_attention, BF16)
+    trainer = T.Trainer(T.Run(settings(DATA_PATH=folder, **SHAPES), CPU))
+    trainer.model.dtype = BF16
+    return trainer
 
 
 def steps(trainer, count, qat=False):
     """The losses of so many steps; QAT stays on."""
     if qat:
-        bench.start_qat(trainer)
-    spans = trainer.batches()
-    return [trainer.step(next(spans), 1.0, 0.95)[0].item() for _ in range(count)]
+        start_qat(trainer)
+    with trainer.loader() as spans:
+        return [trainer.train_step(next(spans), 1.0, 0.95)[0].item() for _ in range(count)]
+
+
+def first_spans(trainer):
+    with trainer.loader() as spans:
+        return next(spans)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +85,9 @@ def graphs(folder):
 
     torch._dynamo.reset()
     trainer = trainer_of(folder)
-    trainer.model.compile(
-        backend=aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward")),
-        dynamic=False,
-        fullgraph=True,
-    )  # an error at a graph break
+    backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
+    model = trainer.model
+    model.compile(backend=backend, dynamic=False, fullgraph=True)  # no graph break
     losses = steps(trainer, 3) + steps(trainer, 3, qat=True)
     assert losses[0] == pytest.approx(math.log(56), abs=0.1) and losses[-1] < losses[0]
     return graphs
@@ -91,9 +97,19 @@ def test_steps_with_and_without_qat_compile_one_graph_each_way(graphs):
     assert {kind: len(found) for kind, found in graphs.items()} == dict(forward=1, backward=1)
 
 
+def test_the_graphs_compute_no_angles(graphs):
+    """Rotary tables are made once, outside, and handed in."""
+    targets = {str(node.target) for found in graphs.values() for graph in found for node in graph.graph.nodes}
+    assert "aten.tanh.default" in targets
+    assert not [
+        target for target in targets if re.search(r"aten\.(cos|sin|tan|outer|arange|exp2|polar)\b", target)
+    ]
+
+
 @pytest.mark.parametrize("kind, products", [("forward", 4 * 2 + 3), ("backward", 2 * (4 * 2 + 3))])
 def test_matrix_products_are_in_bf16_and_as_few_as_they_can_be(graphs, kind, products):
-    """Four a layer (q, k and v are one), head, bigram and value projections; each has two in the backward pass."""
+    """Four a layer (q, k and v are one), head, bigram and value projections; each has two in the backward
+    pass."""
     found = [node for graph in graphs[kind] for node in graph.graph.nodes if node.target in PRODUCTS]
     assert len(found) == products
     assert {arg.meta["val"].dtype for node in found for arg in node.args if hasattr(arg, "meta")} == {BF16}
@@ -113,7 +129,8 @@ def test_the_graphs_neither_take_nor_cast_a_bank_in_fp32(graphs):
 
 
 class Watch(TorchDispatchMode):
-    """Counts casts of weights to bf16, by the weight's place in memory, and matrix products by their inputs' types."""
+    """Counts casts of weights to bf16, by the weight's place in memory, and matrix products by their
+    inputs' types."""
 
     def __init__(self, weights):
         super().__init__()
@@ -140,7 +157,7 @@ class Watch(TorchDispatchMode):
 def test_a_step_casts_each_bank_once_and_multiplies_in_bf16_only(trainer):
     with Watch(trainer.model.banks()) as plain:
         steps(trainer, 1)
-    bench.start_qat(trainer)
+    start_qat(trainer)
     with Watch(trainer.model.banks()) as rounded:
         steps(trainer, 1)
     assert [plain.casts[bank.data_ptr()] for bank in trainer.model.banks()] == [1, 1, 1, 1]
@@ -161,20 +178,20 @@ class Moves(TorchFunctionMode):
 
 
 def test_a_step_copies_its_batch_without_waiting(trainer):
-    spans = next(trainer.batches())
+    spans = first_spans(trainer)
     with Moves():
-        trainer.step(spans, 1.0, 0.95)
+        trainer.train_step(spans, 1.0, 0.95)
         with pytest.raises(AssertionError, match="a copy that waits"):
             spans.to(CPU)
 
 
 @pytest.mark.parametrize("qat", [False, True])
 def test_a_step_does_not_wait_for_the_device(trainer, qat):
-    spans = next(trainer.batches())
+    spans = first_spans(trainer)
     if qat:
-        bench.start_qat(trainer)
-    with bench.no_host_sync(CPU):
-        trainer.step(spans, 1.0, 0.95)
+        start_qat(trainer)
+    with no_host_sync(CPU):
+        trainer.train_step(spans, 1.0, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +207,7 @@ def test_a_step_does_not_wait_for_the_device(trainer, qat):
     ids=["item", "tolist", "numpy", "bool", "nonzero", "mask"],
 )
 def test_what_waits_for_the_device_is_noticed(read):
-    with pytest.raises(RuntimeError), bench.no_host_sync(CPU):
+    with pytest.raises(RuntimeError), no_host_sync(CPU):
         read(torch.ones(()))
 
 
@@ -209,7 +226,7 @@ def test_logits_are_held_in_fp32_once_forward_and_never_backward(monkeypatch):
     model = T.GPT(s, dtype=BF16).initialize()
     torch._dynamo.reset()
     model.compile(dynamic=False, fullgraph=True)
-    matrices = [m.detach().requires_grad_() for m in model.matrices()]
+    matrices = T.Matrices(*(m.detach().requires_grad_() for m in model.matrices()))
     _, codes = inductor.utils.run_and_get_code(lambda: model(x, y, matrices).sum().backward())
     torch._dynamo.reset()
     held = [

@@ -1,13 +1,15 @@
-"""Shards, the stream they make, its spans for any number of processes, and the bytes that tokens stand for."""
+"""Shards, the stream they make, its spans for any number of processes, and the bytes that tokens stand
+for."""
 
-from contextlib import closing
-from itertools import islice
+import os
+import threading
 
 import numpy as np
 import pytest
 import sentencepiece
 import tiny
 import torch
+
 import train_gpt as T
 
 
@@ -22,8 +24,32 @@ def error_of(function, *arguments):
 def test_a_shard_is_mapped_as_it_was_written(tmp_path):
     tokens = [0, 1, 258, 65535, 7]
     tiny.write_shard(tmp_path / "good.bin", tokens)
-    shard = T.open_shard(tmp_path / "good.bin")
-    assert isinstance(shard, np.memmap) and shard.dtype == np.dtype("<u2") and shard.tolist() == tokens
+    shard = T.Shard(tmp_path / "good.bin")
+    whole = shard.read()
+    assert isinstance(whole, np.memmap) and whole.dtype == np.dtype("<u2") and whole.tolist() == tokens
+    assert (
+        len(shard) == 5 and shard.read(1, 3).tolist() == tokens[1:3] and shard.read(3).tolist() == tokens[3:]
+    )
+    first = T.Shard(tmp_path / "good.bin", 3)
+    assert len(first) == 3 and first.read().tolist() == first.read(0, 9).tolist() == tokens[:3]
+
+
+@pytest.mark.parametrize("change", ["time", "longer"])
+def test_a_shard_that_changes_between_two_reads_is_an_error(tmp_path, change):
+    path = tmp_path / "fineweb_train_000000.bin"
+    tiny.write_shard(path, range(50))
+    (shard,) = T.open_shards(tmp_path, "train")
+    assert shard.read(0, 2).tolist() == [0, 1]
+    if change == "time":
+        os.utime(path, (0, 0))
+    else:
+        path.write_bytes(path.read_bytes() + b"more")
+    assert error_of(shard.read) == f"shard {path} was changed during the run"
+    with T.span_loader([shard], 5, 1000) as spans:
+        assert error_of(spans.__next__) == f"shard {path} was changed during the run"
+    path.unlink()
+    with pytest.raises(OSError, match=str(path)):
+        shard.read()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +69,7 @@ def test_a_shard_is_mapped_as_it_was_written(tmp_path):
 def test_a_shard_whose_header_is_wrong_is_named(tmp_path, header, tokens):
     path = tmp_path / "bad.bin"
     tiny.write_shard(path, range(tokens), **header)
-    message = error_of(T.open_shard, path)
+    message = error_of(T.Shard, path)
     facts = (
         ["20240520, 1"]
         if {"magic", "version"} & set(header)
@@ -57,20 +83,20 @@ def test_a_shard_that_was_cut_is_named(tmp_path, size):
     path = tmp_path / "cut.bin"
     tiny.write_shard(path, range(5))
     path.write_bytes(path.read_bytes()[:size])
-    assert error_of(T.open_shard, path).startswith(f"shard {path}: ")
+    assert error_of(T.Shard, path).startswith(f"shard {path}: ")
 
 
 def test_a_shard_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "none.bin", tmp_path):
         with pytest.raises(OSError, match=str(path)):
-            T.open_shard(path)
+            T.Shard(path)
 
 
 def test_shards_are_opened_in_name_order_and_by_split(tmp_path):
     for name in ("train_000002", "train_000010", "val_000000", "train_000001"):
         tiny.write_shard(tmp_path / f"fineweb_{name}.bin", [int(name[-6:])])
-    assert [shard.tolist() for shard in T.open_shards(tmp_path, "train")] == [[1], [2], [10]]
-    assert [shard.tolist() for shard in T.open_shards(tmp_path, "val")] == [[0]]
+    assert [shard.read().tolist() for shard in T.open_shards(tmp_path, "train")] == [[1], [2], [10]]
+    assert [shard.read().tolist() for shard in T.open_shards(tmp_path, "val")] == [[0]]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -80,7 +106,7 @@ def test_a_folder_without_shards_says_how_to_get_some(tmp_path, split):
         f"DATA_PATH={tmp_path}",
         f"fineweb_{split}_*.bin",
         "`make demo`",
-        "`python tools/fineweb.py`",
+        "`python -m tools.fineweb`",
     ):
         assert part in message
 
@@ -96,30 +122,40 @@ def test_validation_is_all_shards_and_at_least_a_window(tmp_path):
     assert "validation" in message and "token id 19 " in message and "VOCAB_SIZE=19" in message
 
 
-SHARDS = np.split(np.arange(20, dtype=np.uint16), [7, 8])  # of 7, 1 and 12 tokens
+@pytest.fixture
+def shards_of(tmp_path):
+    """shards_of(tokens, [where to split them]) -> shards."""
+
+    def write(tokens, at):
+        for i, part in enumerate(np.split(np.asarray(tokens), at)):
+            tiny.write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", part)
+        return T.open_shards(tmp_path, "train")
+
+    return write
 
 
-def test_a_stream_is_its_shards_one_after_another_and_wraps_around():
-    endless = np.tile(np.concatenate(SHARDS), 6)
+def test_a_stream_is_its_shards_one_after_another_and_wraps_around(shards_of):
+    shards = shards_of(range(20), [7, 8])  # of 7, 1 and 12 tokens
+    endless = np.tile(np.arange(20), 6)
     for position in range(45):
         for count in (1, 2, 5, 12, 20, 21, 61):
             assert (
-                T.read_stream(SHARDS, position, count).tolist()
+                T.read_stream(shards, position, count).tolist()
                 == endless[position : position + count].tolist()
             )
-    assert T.read_stream(SHARDS, 20 * 10**12 + 19, 2).tolist() == [19, 0]
+    assert T.read_stream(shards, 20 * 10**12 + 19, 2).tolist() == [19, 0]
 
 
 def spans_of(monkeypatch, rank, world_size, shards, span=5, vocab_size=1000, steps=6):
     monkeypatch.setattr(T, "rank", lambda: rank)
     monkeypatch.setattr(T, "world_size", lambda: world_size)
-    with closing(T.batches(shards, span, vocab_size)) as spans:
-        return torch.stack(list(islice(spans, steps)))
+    with T.span_loader(shards, span, vocab_size) as spans:
+        return torch.stack([next(spans) for _ in range(steps)])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, world_size):
-    shards = np.split(np.arange(101, dtype=np.uint16), [40, 77])
+def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, shards_of, world_size):
+    shards = shards_of(range(101), [40, 77])
     eight = (
         torch.arange(6 * 8 * 6).view(6, 8, 6) % 101
     )  # (steps, spans, span + 1): consecutive tokens, wrapping around
@@ -130,27 +166,36 @@ def test_a_step_sees_the_same_eight_spans_whatever_the_world_size(monkeypatch, w
             assert torch.equal(spans[:, m].long(), eight[:, m * world_size + rank])
 
 
-def test_batches_may_begin_at_any_step():
-    shards = np.split(np.arange(101, dtype=np.uint16), [40, 77])
+def test_a_loader_may_begin_at_any_step(shards_of):
+    shards = shards_of(range(101), [40, 77])
     for first in (1, 4):
-        with (
-            closing(T.batches(shards, 5, 1000)) as all_spans,
-            closing(T.batches(shards, 5, 1000, first)) as later,
-        ):
-            assert torch.equal(
-                torch.stack(list(islice(all_spans, first, 6))), torch.stack(list(islice(later, 6 - first)))
-            )
+        with T.span_loader(shards, 5, 1000) as spans, T.span_loader(shards, 5, 1000, first) as later:
+            every = [next(spans) for _ in range(6)]
+            assert torch.equal(torch.stack(every[first:]), torch.stack([next(later) for _ in every[first:]]))
 
 
-def test_a_bad_id_stops_the_rank_and_the_step_that_read_it(monkeypatch):
-    tokens = np.arange(2000, dtype=np.uint16) % 100
+def test_a_loaders_thread_ends_with_its_block(shards_of):
+    before, shards = set(threading.enumerate()), shards_of(range(101), [40, 77])
+    with T.span_loader(shards, 5, 1000) as spans:
+        next(spans)
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) == before
+    with pytest.raises(T.RunError, match="span"), T.span_loader(shards, 5, 50) as spans:
+        for _ in range(3):
+            next(spans)
+    assert set(threading.enumerate()) == before
+
+
+def test_a_bad_id_stops_the_rank_and_the_step_that_read_it(monkeypatch, shards_of):
+    tokens = np.arange(2000) % 100
     tokens[6 * 43 + 2] = 100  # span 43 is the fourth of step 5: rank 1's of 2, rank 3's of 4
+    shards = shards_of(tokens, [])
     for rank, world_size in ((0, 1), (1, 2), (3, 4)):
-        spans_of(monkeypatch, rank, world_size, [tokens], vocab_size=100, steps=5)
-        message = error_of(spans_of, monkeypatch, rank, world_size, [tokens], 5, 100, 6)
+        spans_of(monkeypatch, rank, world_size, shards, vocab_size=100, steps=5)
+        message = error_of(spans_of, monkeypatch, rank, world_size, shards, 5, 100, 6)
         assert "span 43" in message and "token id 100 " in message and "VOCAB_SIZE=100" in message
-    spans_of(monkeypatch, 0, 2, [tokens], vocab_size=100)
-    spans_of(monkeypatch, 0, 1, [tokens], vocab_size=101)
+    spans_of(monkeypatch, 0, 2, shards, vocab_size=100)
+    spans_of(monkeypatch, 0, 1, shards, vocab_size=101)
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +205,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_targets_are_the_inputs_one_token_later_in_rows_of_the_sequence_length(folder, monkeypatch):
-    seen, forward = [], T.GPT.forward
-
-    def record(model, x, y, *arguments):
-        if torch.is_grad_enabled():
-            seen.append((x.clone(), y.clone()))
-        return forward(model, x, y, *arguments)
-
-    monkeypatch.setattr(T.GPT, "forward", record)
-    assert tiny.run(folder, ITERATIONS=1, WARMUP_STEPS=0, TRAIN_SEQ_LEN=16, TTT_ENABLED=0).status == 0
-    stream = np.concatenate(T.open_shards(folder / "data", "train")).astype(np.int64)
+def test_targets_are_the_inputs_one_token_later_in_rows_of_the_sequence_length(folder):
+    names = tiny.SETTINGS | dict(DATA_PATH=folder / "data", TRAIN_SEQ_LEN=16)
+    trainer = T.Trainer(T.Run(T.parse_settings({n: str(v) for n, v in names.items()}), torch.device("cpu")))
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda model, args: seen.append([t.clone() for t in args[:2]]))
+    with trainer.loader() as spans:
+        trainer.train_step(next(spans), 1.0, 0.9)
+    stream = np.concatenate([shard.read() for shard in T.open_shards(folder / "data", "train")]).astype(
+        np.int64
+    )
     assert len(seen) == 8
     for (x, y), span in zip(
-        seen, torch.from_numpy(stream[: 8 * 65]).view(8, 65)
+        seen, torch.from_numpy(stream[: 8 * 65]).view(8, 65), strict=True
     ):  # a step's 512 targets are 8 spans of 64
         assert torch.equal(x, span[:-1].view(4, 16)) and torch.equal(y, span[1:].view(4, 16))
 
@@ -191,17 +235,17 @@ def test_targets_are_the_inputs_one_token_later_in_rows_of_the_sequence_length(f
         (7, 2, 7),
     ],
 )
-def test_the_holdout_is_the_tail_and_is_not_trained_on(tokens, seq_len, count):
-    shards = [np.arange(30), np.arange(30, 1030)]  # at most a quarter of the last shard is held out
+def test_the_holdout_is_the_tail_and_is_not_trained_on(shards_of, tokens, seq_len, count):
+    shards = shards_of(range(1030), [30])  # at most a quarter of the last shard is held out
     train, holdout = T.split_holdout(shards, tokens, seq_len)
     assert holdout.tolist() == list(range(1030 - count, 1030))
-    assert np.concatenate(train).tolist() == list(range(1030 - count))
+    assert np.concatenate([shard.read() for shard in train]).tolist() == list(range(1030 - count))
     assert T.read_stream(train, 1029 - count, 2).tolist() == [1029 - count, 0]
 
 
 @pytest.mark.parametrize("tokens, seq_len", [(9, 10), (10**9, 251)])
-def test_a_holdout_that_holds_no_sequence_is_an_error(tokens, seq_len):
-    message = error_of(T.split_holdout, [np.arange(30), np.arange(1000)], tokens, seq_len)
+def test_a_holdout_that_holds_no_sequence_is_an_error(shards_of, tokens, seq_len):
+    message = error_of(T.split_holdout, shards_of(range(1030), [30]), tokens, seq_len)
     assert "HOLDOUT_TOKENS" in message and f"TRAIN_SEQ_LEN={seq_len}" in message
 
 
@@ -258,7 +302,7 @@ def test_bytes_add_up_to_the_decoded_text(tmp_path, options, documents):
     tokenizer = load(tmp_path / "t.model", **options)
     decoded = [tokenizer.decode(tokenizer.encode(text)) for text in documents]
     assert decoded == documents or options["byte_fallback"] is False
-    for text, back in zip(documents, decoded):
+    for text, back in zip(documents, decoded, strict=True):
         assert bytes_of(tokenizer, [text]) == len(back.encode())
     assert bytes_of(tokenizer, documents) == sum(len(back.encode()) for back in decoded) > 400
 
@@ -298,7 +342,7 @@ def test_a_tokenizer_that_cannot_be_read_says_how_to_get_one(folder, tmp_path, d
     if data is not None:
         path.write_bytes((folder / "tokenizer.model").read_bytes()[:-50] if data == "cut" else data)
     message = error_of(T.load_tokenizer, path, tiny.VOCAB_SIZE)
-    for part in (f"TOKENIZER_PATH={path}", "SentencePiece", "`make demo`", "`python tools/fineweb.py`"):
+    for part in (f"TOKENIZER_PATH={path}", "SentencePiece", "`make demo`", "`python -m tools.fineweb`"):
         assert part in message
 
 

@@ -4,13 +4,14 @@ import os
 import sys
 import sysconfig
 
-import demo_data
 import numpy as np
 import pytest
 import sentencepiece
 import torch
 from forked import Process
-from train_gpt import RunError, byte_tables, open_shard
+
+from tools import demo_data
+from train_gpt import RunError, Shard, byte_tables
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,9 @@ def texts():
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """Folder and output of `python tools/demo_data.py`."""
+    """Folder and output of `python -m tools.demo_data`."""
     folder = tmp_path_factory.mktemp("demo") / "data" / "demo"
-    process = Process([demo_data.__file__, "--out", folder], folder.parents[1], dict(os.environ))
+    process = Process(["-m", "tools.demo_data", "--out", folder], folder.parents[1], dict(os.environ))
     out, err = process.communicate(120)
     assert process.returncode == 0, err
     return folder, out
@@ -38,7 +39,7 @@ def documents(demo, tokenizer):
     """Decoded documents of each split."""
     decoded = {}
     for split in ("val", "train"):
-        tokens = open_shard(demo[0] / f"fineweb_{split}_000000.bin")
+        tokens = Shard(demo[0] / f"fineweb_{split}_000000.bin").read()
         assert tokens[0] == 1
         parts = np.split(tokens, np.flatnonzero(tokens == 1)[1:])
         decoded[split] = tokenizer.decode([part[1:].tolist() for part in parts])
@@ -69,11 +70,11 @@ def test_no_text_is_in_both_splits(documents):
 def test_validation_is_a_sample_of_many_documents_and_about_100_000_tokens(demo, documents):
     sizes = [len(text.encode()) for text in documents["val"]]
     assert len(sizes) >= 10 and max(sizes) <= sum(sizes) / 2
-    assert 80_000 < len(open_shard(demo[0] / "fineweb_val_000000.bin")) < 150_000
+    assert 80_000 < len(Shard(demo[0] / "fineweb_val_000000.bin").read()) < 150_000
 
 
 def test_counted_bytes_are_the_bytes_of_the_documents(demo, documents, tokenizer):
-    tokens = torch.from_numpy(open_shard(demo[0] / "fineweb_val_000000.bin").astype(np.int64))
+    tokens = torch.from_numpy(Shard(demo[0] / "fineweb_val_000000.bin").read().astype(np.int64))
     counted = byte_tables(tokenizer).count(tokens[:-1], tokens[1:]).sum().item()
     assert counted == sum(len(text.encode()) for text in documents["val"])
 
@@ -109,9 +110,10 @@ def test_it_says_documents_bytes_and_tokens_of_each_split(demo, documents):
     for split in ("val", "train"):
         size, tokens = (
             demo_data.size_of(documents[split]),
-            len(open_shard(demo[0] / f"fineweb_{split}_000000.bin")),
+            len(Shard(demo[0] / f"fineweb_{split}_000000.bin").read()),
         )
-        said = f"{split}: {len(documents[split])} documents, {size:,} bytes, {tokens:,} tokens, {size / tokens:.3f} bytes"
+        said = f"{split}: {len(documents[split])} documents, {size:,} bytes, {tokens:,} tokens, "
+        said += f"{size / tokens:.3f} bytes"
         assert any(said in line for line in lines)
 
 

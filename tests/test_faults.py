@@ -1,4 +1,4 @@
-"""What ends a run that cannot be saved: every rank stops with a line that says why, and no file is left half-written."""
+"""What ends a run: every rank stops with a line that says why, and no file is left half-written."""
 
 import json
 import os
@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
-import train_gpt as T
 from forked import Process
 from test_checkpoint import PLANTED, data, finish, folder, start  # noqa: F401
 
-import tools.extras
+import train_gpt as T
+from tools.run.watch import LOST_RANK
 
 
 @pytest.mark.parametrize(
@@ -29,13 +30,13 @@ import tools.extras
 def test_when_one_rank_fails_dies_or_freezes_the_others_stop_and_name_it(folder, fault, named, world):
     *others, last = start(folder, fault, world=world, ITERATIONS=20)
     for rank, result in enumerate(tiny.finish(others, 60)):
-        assert result.status == tools.extras.LOST_RANK
+        assert result.status == LOST_RANK
         assert f"train_gpt.py: rank {rank}: error: stopped, since rank {world - 1} {named}\n" in result.err
     if fault == "freeze":
         last.kill()
     assert (
         tiny.finish([last], 60)[0].status
-        == {"raise": 1, "kill": -signal.SIGKILL, "freeze": -signal.SIGKILL}[fault]
+        == {"raise": 2, "kill": -signal.SIGKILL, "freeze": -signal.SIGKILL}[fault]
     )
 
 
@@ -77,7 +78,7 @@ def test_when_torchrun_itself_is_killed_no_rank_is_left(folder):
     agent.kill()
     assert len(ranks) == 2
     while any(
-        os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2]
+        os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
         for pid in ranks
     ):
         assert time.monotonic() < deadline

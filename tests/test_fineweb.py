@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 from forked import Process
 
-ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "fineweb.py"
-sys.path.insert(0, str(ROOT))
-from tools.fineweb import RunError, choose_shards, choose_tokenizer, main  # noqa: E402
+from tools.common.cli import ROOT
+from tools.fineweb import RunError, choose_shards, choose_tokenizer, main
 
 REPO, COMMIT = "willdepueoai/parameter-golf", "0123456789abcdef0123456789abcdef01234567"
 FOLDER = "datasets/fineweb10B_sp1024"
@@ -34,8 +32,8 @@ def shard(tokens: int, magic: int = 20240520) -> bytes:
 class Hub(ThreadingHTTPServer):
     """Serves `files` (bytes by path below datasets/) the way huggingface_hub asks for them.
 
-    `sizes` overrides what the tree lists. A GET of a path in `stall` sends half, sets `stalled` and waits for `release`.
-    `gets` records the paths of the files sent.
+    `sizes` overrides what the tree lists. A GET of a path in `stall` sends half, sets `stalled` and waits for
+    `release`. `gets` records the paths of the files sent.
     """
 
     daemon_threads = True
@@ -153,7 +151,7 @@ def start(endpoint: str, folder: Path, *options: str) -> Process:
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return Process([TOOL, *options], folder, env)
+    return Process(["-m", "tools.fineweb", *options], folder, env)
 
 
 def fetch(hub: Hub, folder: Path, *options: str) -> str:

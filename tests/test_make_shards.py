@@ -8,34 +8,31 @@ import os
 import re
 from pathlib import Path
 
-import make_shards
 import numpy as np
 import pytest
 import sentencepiece
 from forked import Process
-from train_gpt import RunError, open_shard
 
-TOOL = Path(make_shards.__file__)
+from tools import make_shards
+from train_gpt import RunError, Shard
+
 DOCUMENTS = ["One document.", "  Zwei\n\nDokumente,\tmit Umlaut: ü.\n", "三", "x " * 50]
 
 
 def train_tokenizer(path: Path, **settings) -> Path:
     model = io.BytesIO()
-    settings = (
-        dict(
-            vocab_size=400,
-            model_type="bpe",
-            byte_fallback=True,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-        | settings
-    )
+    settings = {
+        "vocab_size": 400,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+    } | settings
     lines = settings.pop("lines", Path(argparse.__file__).read_text("utf-8").splitlines())
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
     path.write_bytes(model.getvalue())
@@ -75,7 +72,7 @@ def error_of(*arguments: str) -> str:
 
 
 def shards_of(folder: Path, split: str) -> list[np.ndarray]:
-    return [open_shard(path) for path in sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))]
+    return [Shard(path).read() for path in sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))]
 
 
 def documents_of(shards: list[np.ndarray], tokenizer) -> list[str]:
@@ -147,7 +144,17 @@ def test_text_and_jsonl_are_read_in_order_compressed_or_not(folder, tokenizer, c
 
 
 def test_the_command_line_ends_with_0_or_with_one_line_and_1(folder):
-    command = [TOOL, "--tokenizer", "tokenizer.model", "--out", "out", "--val", "val.txt", "--train"]
+    command = [
+        "-m",
+        "tools.make_shards",
+        "--tokenizer",
+        "tokenizer.model",
+        "--out",
+        "out",
+        "--val",
+        "val.txt",
+        "--train",
+    ]
     good, bad = (
         Process([*command, name], folder, dict(os.environ)) for name in ("train.jsonl", "missing.jsonl")
     )

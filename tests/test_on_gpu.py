@@ -1,5 +1,6 @@
-"""On a GPU: the numbers of record_parity.npz, each attention kernel against plain arithmetic, a stream against windows, and no
-score that knows what comes after it. Skipped where there is no GPU; GPU_TESTS_DEVICE=cpu tries the tests themselves."""
+"""On a GPU: the numbers of record_parity.npz, each attention kernel against plain arithmetic, a stream
+against windows, and no score that knows what comes after it. Skipped where there is no GPU;
+GPU_TESTS_DEVICE=cpu tries the tests themselves."""
 
 import json
 import math
@@ -7,13 +8,13 @@ import os
 from contextlib import contextmanager
 
 import pytest
+import test_record_parity as record
 import torch
+from helpers import PerTarget, made_up_tokens, one_lane, random_model, score_first_ttt, scorer_of, settings
+from test_record_parity import NAMES, RUNS, assert_close, record_model, tensor, unbanked
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import test_record_parity as record
 import train_gpt as T
-from helpers import PerTarget, byte_tables, made_up_tokens, random_model, settings
-from test_record_parity import NAMES, RUNS, assert_close, record_model, tensor, unbanked
 
 DEVICE = torch.device(os.environ.get("GPU_TESTS_DEVICE") or "cuda")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
@@ -76,7 +77,7 @@ def test_scores(run, dtype):
     scorer = T.Scorer(
         model, tensor("tokens").int().to(DEVICE), tables, s.eval_seq_len, batch_tokens=7 * s.eval_seq_len
     )
-    score = T.score_first_ttt(scorer, T.Learner(model, s), s)[0] if ttt else scorer.score_all(s.eval_stride)
+    score = score_first_ttt(scorer, s)[0] if ttt else scorer.score_windows(s.eval_stride)
     reference = tensor(f"ttt/{run}" if ttt else "sliding")
     difference = relative([score.val_loss, score.val_bpb], reference)
     print(f"{run}, {dtype}: {difference:.1e}")
@@ -107,7 +108,8 @@ def test_muon_steps(prefix):
 
 
 def plain_attention(q, k, v, window, documents=None):
-    """In fp32 and by einsum: a position sees itself and `window` - 1 before, perhaps of its own document only."""
+    """In fp32 and by einsum: a position sees itself and `window` - 1 before, perhaps of its own document
+    only."""
     P, length = k.size(1) - q.size(1), k.size(1)
     at, seen = torch.arange(P, length, device=q.device)[:, None], torch.arange(length, device=q.device)
     sees = ((seen <= at) & (seen > at - window))[None]
@@ -135,7 +137,7 @@ def assert_same_attention(attention, heads, *plain):
     found = attention(*heads)
     gradients = torch.autograd.grad((found.float() * weight).sum(), heads)
     assert found.shape == reference.shape
-    differences = [relative(a, b) for a, b in zip((found, *gradients), (reference, *expected))]
+    differences = [relative(a, b) for a, b in zip((found, *gradients), (reference, *expected), strict=True)]
     print("differences of output and gradients:", *(f"{d:.1e}" for d in differences))
     assert max(differences) < 2e-2
 
@@ -159,9 +161,9 @@ def test_attention_kernels(kernel, case):
         if case == "causal":
             assert_same_attention(T.torch_attention, random_heads(2, 512, 512), 512)
         else:  # 128 positions behind 384 others
-            band = T.band_of(384, 128, DEVICE)
+            mask = T.window_mask(384, 128, DEVICE)
             assert_same_attention(
-                lambda q, k, v: T.torch_attention(q, k, v, band), random_heads(2, 128, 512), 384
+                lambda q, k, v: T.torch_attention(q, k, v, mask), random_heads(2, 128, 512), 384
             )
 
 
@@ -169,8 +171,8 @@ def test_the_chosen_attention():
     name, attention = T.choose_attention(DEVICE)
     print("chosen:", name)
     assert_same_attention(attention, random_heads(2, 512, 512), 512)
-    band = T.band_of(384, 128, DEVICE)
-    assert_same_attention(lambda q, k, v: attention(q, k, v, band), random_heads(2, 128, 512), 384)
+    mask = T.window_mask(384, 128, DEVICE)
+    assert_same_attention(lambda q, k, v: attention(q, k, v, mask), random_heads(2, 128, 512), 384)
 
 
 @pytest.mark.parametrize("window", [512, 100])
@@ -198,13 +200,7 @@ def test_varlen_attention_within_documents(window, grouped):
 def scorer_on_device(s, tokens, dtype):
     model = random_model(s)
     model.dtype = dtype
-    return PerTarget(
-        model.to(DEVICE),
-        torch.as_tensor(tokens).int().to(DEVICE),
-        T.ByteTables(*(t.to(DEVICE) for t in byte_tables())),
-        s.eval_seq_len,
-        s.val_batch_size // 8,
-    )
+    return scorer_of(model.to(DEVICE), s, tokens, PerTarget())
 
 
 @pytest.mark.parametrize(
@@ -214,13 +210,13 @@ def test_a_stream_scores_like_the_whole_text_at_once(dtype, tolerance):
     """Over all layers, each of which sees the last 24 positions."""
     s, tokens = settings(EVAL_SEQ_LEN=24), made_up_tokens(201)
     streamed = scorer_on_device(s, tokens, dtype)
-    streamed.score(T.plan_windows(200, 200, 1), 200)
-    whole = T.GPT(s, lambda q, k, v, band=None: plain_attention(q, k, v, 24).to(q.dtype), dtype)
+    streamed.sums(*one_lane(streamed))
+    whole = T.GPT(s, lambda q, k, v, mask=None: plain_attention(q, k, v, 24).to(q.dtype), dtype)
     whole.load_state_dict(random_model(s).state_dict())
     text = torch.as_tensor(tokens).long().to(DEVICE)
     with torch.no_grad():
         nll = whole.to(DEVICE)(text[None, :-1], text[None, 1:])[0].double()
-    difference = (streamed.nll - nll).abs().max().item()
+    difference = (streamed.hooks.nll - nll).abs().max().item()
     print(f"{dtype}: at most {difference:.1e} nats apart")
     assert difference < tolerance
 
@@ -239,11 +235,11 @@ def test_a_changed_token_changes_no_score_before_it(mode, ttt, dtype):
             tokens[201:] = (tokens[201:] + 11) % 64
         scorer = scorer_on_device(s, tokens, dtype)
         if ttt:
-            T.score_first_ttt(scorer, T.Learner(scorer.model, s), s)
+            score_first_ttt(scorer, s)
         elif mode == "sliding":
-            scorer.score_all(8)
+            scorer.score_windows(8)
         else:
-            scorer.stream_all()
-        found.append(scorer.nll)
+            scorer.score_streams()
+        found.append(scorer.hooks.nll)
     assert torch.equal(found[0][:200], found[1][:200])
     assert not torch.equal(found[0][200:], found[1][200:])

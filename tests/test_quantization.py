@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import made_up_tokens, random_batch, random_model, settings
 
 import train_gpt as T
-from helpers import made_up_tokens, random_batch, random_model, settings
-from quant_report import record_quantize, record_steps
+from tools.quant_report import record_quantize, record_steps
 
 SETTINGS = dict(TRAIN_SEQ_LEN=16)
 
@@ -63,13 +63,14 @@ def test_the_first_of_equal_clip_quantiles_wins():
 
 def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibrated):
     """As a plain F.linear in its place sees them."""
-    moments, _ = calibrated
+    moments = calibrated.moments
     x = tokens[:640].view(40, 16).long()
     seen = {}
     linear = F.linear
     owners = {}
     matrices = model.matrices()
-    for name, m in zip(moments, matrices):
+    assert tuple(moments) == matrices._fields
+    for name, m in zip(moments, matrices, strict=True):
         owners |= {m[i].data_ptr(): (name, i) for i in range(len(m))}
 
     def watched(x, w, *args):
@@ -89,11 +90,20 @@ def test_moments_are_those_of_what_each_matrix_multiplies(model, tokens, calibra
             torch.testing.assert_close(moment[i].double(), inputs.T @ inputs / 640, rtol=1e-4, atol=1e-5)
 
 
+def test_a_matrix_without_input_is_an_error(model, tokens):
+    """GPTQ would quietly be plain rounding there."""
+    blind = random_model(model.s)
+    blind.order = (0, 2)
+    with pytest.raises(T.RunError, match=r"'qkv' of layers \[1\]") as error:
+        T.calibrate(blind, tokens, 16)
+    assert "\n" not in str(error.value)
+
+
 def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_information(
     model, tokens, calibrated
 ):
     """KL divergence from the model's own predictions, rows moved at random."""
-    _, fisher = calibrated
+    fisher = calibrated.fisher
     x, weights = tokens[:640].view(40, 16).long(), model.quantized()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -113,7 +123,7 @@ def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_info
 
 
 def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibrated):
-    _, fisher = calibrated
+    fisher = calibrated.fisher
     record, steps = record_steps(model), T.base_steps(model, fisher)
     octaves = [
         sum(found[name].log2().mean().item() * getattr(model, name).numel() for name in model.BANKS)
@@ -130,7 +140,7 @@ def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibra
 
 
 def test_a_knob_moves_all_steps_by_eighths_of_octaves(model, calibrated):
-    base = T.base_steps(model, calibrated[1])
+    base = T.base_steps(model, calibrated.fisher)
     for knob in (0.3, 1.0, 3.3):
         for name, step in T.scaled(base, knob).items():
             assert torch.equal(step, step.half().float())
@@ -146,7 +156,7 @@ def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
     steps = T.scaled(T.base_steps(model, fisher), 1.0)
     factors = {
         name: T.factor(torch.zeros(len(m), m.size(-1), m.size(-1)))
-        for name, m in zip(("qkv", "o", "up", "down"), model.matrices())
+        for name, m in model.matrices()._asdict().items()
     }
     by_gptq = T.quantize(model.state_dict(), steps, factors)
     for stored in (by_gptq, record_quantize(model.state_dict(), record_steps(model), 1.0)):
@@ -157,7 +167,7 @@ def test_rows_that_are_zero_or_feel_nothing_are_rounded_all_the_same():
 
 def test_no_row_is_so_fine_that_its_integers_run_out(model, calibrated):
     """Where the loss feels one matrix alone, as in the first step, when the others multiply zeros."""
-    fisher = {name: f * (1e-12 if name != "up_bank" else 1) for name, f in calibrated[1].items()}
+    fisher = {name: f * (1e-12 if name != "up_bank" else 1) for name, f in calibrated.fisher.items()}
     steps = T.scaled(T.base_steps(model, fisher), 0.25)
     for name, w in model.quantized().items():
         assert (w / steps[name]).abs().max() <= T.MOST
@@ -192,8 +202,8 @@ def test_gptq_is_the_plain_algorithm():
     bank = torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(1))
     moments = torch.stack([correlated_inputs(200, seed) for seed in range(2)])
     step = torch.full((2, 6, 1), 0.3)
-    q = T.gptq(bank, step, *T.factor(moments.clone()))
-    expected = torch.stack([plain_gptq(w, 0.3, m) for w, m in zip(bank, moments)])
+    q = T.gptq(bank, step, T.factor(moments.clone()))
+    expected = torch.stack([plain_gptq(w, 0.3, m) for w, m in zip(bank, moments, strict=True)])
     assert (q != expected).float().mean() < 0.01  # fp32 against fp64
 
 
@@ -203,10 +213,13 @@ def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_no
         correlated_inputs(96)[None],
     )
     step = torch.full((1, 64, 1), 0.5)
-    error = lambda q: torch.einsum("nri,nij,nrj->", *[q * step - bank, moments, q * step - bank]).item()
+
+    def error(q):
+        return torch.einsum("nri,nij,nrj->", *[q * step - bank, moments, q * step - bank]).item()
+
     nearest = (bank / step).round()
-    assert error(T.gptq(bank, step, *T.factor(moments.clone()))) < 0.5 * error(nearest)
-    assert torch.equal(T.gptq(bank, step, *T.factor(torch.diag_embed(torch.rand(1, 96) + 0.5))), nearest)
+    assert error(T.gptq(bank, step, T.factor(moments.clone()))) < 0.5 * error(nearest)
+    assert torch.equal(T.gptq(bank, step, T.factor(torch.diag_embed(torch.rand(1, 96) + 0.5))), nearest)
 
 
 # Late QAT
@@ -215,7 +228,7 @@ def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_no
 def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_straight_through(
     model, calibrated
 ):
-    steps = T.scaled(T.base_steps(model, calibrated[1]), 2.0)
+    steps = T.scaled(T.base_steps(model, calibrated.fisher), 2.0)
     batch, weights = random_batch(), model.state_dict()
     other = random_model(model.s)
     other.load_state_dict(
@@ -229,7 +242,7 @@ def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_st
         loss.backward()
         grads.append([loss.item(), *(p.grad for p in m.parameters())])
     assert grads[0][0] == grads[1][0] and abs(grads[0][0] - model(*batch).mean().item()) > 1e-4
-    for a, b in zip(grads[0][1:], grads[1][1:]):
+    for a, b in zip(grads[0][1:], grads[1][1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
     assert all((bank.grad != 0).all() for bank in model.banks())
     model.zero_grad()
@@ -240,8 +253,11 @@ def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_st
 
 def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens):
     s, model = settings(MATRIX_STEP=0.5), random_model(settings(MODEL_DIM=192, NUM_LAYERS=1, VE_LAYERS=0))
-    base, weights = T.base_steps(model, T.calibrate(model, tokens, 16)[1]), model.state_dict()
-    size = lambda knob: T.estimate_bytes(T.quantize(weights, T.scaled(base, knob)))
+    base, weights = T.base_steps(model, T.calibrate(model, tokens, 16).fisher), model.state_dict()
+
+    def size(knob):
+        return T.estimate_bytes(T.quantize(weights, T.scaled(base, knob)))
+
     assert T.fit_knob(s, model, size, size(0.5), 0.5) == 0.5 == T.fit_knob(s, model, size, 10**9, 7.0)
     for part in (0.95, 0.8):
         limit = part * size(0.5)
@@ -249,3 +265,15 @@ def test_the_knob_is_matrix_step_or_lands_just_under_the_limit(tokens):
             knob = T.fit_knob(s, model, size, limit, start)
             assert limit - 20_000 < size(knob) <= limit and knob > 0.5
     assert T.fit_knob(s, model, size, 1, 0.5) > 500  # nothing would do
+
+
+def test_the_knob_is_the_last_one_that_was_tried_when_tries_run_out():
+    """So that what was packed last is what is written."""
+    model, tried = T.GPT(settings(MODEL_DIM=192)), []
+
+    def never(knob):
+        tried.append(knob)
+        return 10**6 + (-1) ** len(tried) * 30_000
+
+    assert T.fit_knob(settings(), model, never, 10**6, 2.0) == tried[-1] and len(tried) == 16
+    assert tried[0] == 2.0 and len(set(tried)) > 2

@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import readme
-from runlog import parse_log
 from test_runlog import PRINTED, make_log
-from readme import GROUPS
+
+from tools import readme
+from tools.common.tables import code, table
+from tools.runlog import parse_log
 from train_gpt import FIELDS, allowed, show
 
 ROOT = Path(readme.__file__).resolve().parents[1]
@@ -38,39 +39,53 @@ old text
 After.
 """
 
-SCORING = dict(
-    machine="2 x CPU (x86_64)",
-    torch="2.13.0",
-    rows=[
-        dict(
-            mode="sliding",
-            settings="EVAL_STRIDE=64 EVAL_SEQ_LEN=512",
-            seconds=[100.0, 90.0, 120.0],
-            tokens=200000,
-            val_bpb=2.1,
-        ),
-        dict(
-            mode="streaming",
-            settings="EVAL_WINDOW=512",
-            seconds=[12.5, 10.0, 12.0],
-            tokens=200000,
-            val_bpb=2.10021,
-        ),
+SCORING = {
+    "machine": "2 x CPU (x86_64)",
+    "torch": "2.13.0",
+    "rows": [
+        {
+            "mode": "sliding",
+            "settings": "EVAL_STRIDE=64 EVAL_SEQ_LEN=512",
+            "seconds": [100.0, 90.0, 120.0],
+            "tokens": 200000,
+            "val_bpb": 2.1,
+        },
+        {
+            "mode": "streaming",
+            "settings": "EVAL_WINDOW=512",
+            "seconds": [12.5, 10.0, 12.0],
+            "tokens": 200000,
+            "val_bpb": 2.10021,
+        },
     ],
-)
+}
 
 
-QUANTIZERS = dict(
-    tokens=131072,
-    loss=3.65,
-    points=[  # as tools/quant_report.py writes them, but for what is not read
-        dict(method="rtn+lzma", bytes=1_700_000, gap=0.0013, gap_error=0.0002, kl=0.0012, saved_at_kl=0.26),
-        dict(method="gptq+ans", bytes=1_698_000, gap=-0.00004, gap_error=0.0001, kl=0.00006),
-        dict(method="rtn+lzma", bytes=1_200_000, gap=0.0083, gap_error=0.0003, kl=0.008, saved_at_kl=None),
-        dict(method="gptq+ans", bytes=1_199_000, gap=0.0006, gap_error=0.0002, kl=0.0005),
-        dict(method="gptq+ans", bytes=800_000, gap=0.01, gap_error=0.0002, kl=0.009),
+QUANTIZERS = {
+    "tokens": 131072,
+    "loss": 3.65,
+    "points": [  # as tools.quant_report writes them, but for what is not read
+        {
+            "method": "rtn+lzma",
+            "bytes": 1_700_000,
+            "gap": 0.0013,
+            "gap_error": 0.0002,
+            "kl": 0.0012,
+            "saved_at_kl": 0.26,
+        },
+        {"method": "gptq+ans", "bytes": 1_698_000, "gap": -0.00004, "gap_error": 0.0001, "kl": 0.00006},
+        {
+            "method": "rtn+lzma",
+            "bytes": 1_200_000,
+            "gap": 0.0083,
+            "gap_error": 0.0003,
+            "kl": 0.008,
+            "saved_at_kl": None,
+        },
+        {"method": "gptq+ans", "bytes": 1_199_000, "gap": 0.0006, "gap_error": 0.0002, "kl": 0.0005},
+        {"method": "gptq+ans", "bytes": 800_000, "gap": 0.01, "gap_error": 0.0002, "kl": 0.009},
     ],
-)
+}
 
 
 @pytest.fixture
@@ -126,23 +141,22 @@ def part(text: str, name: str) -> str:
 
 
 def test_the_settings_part_has_a_row_for_each_setting_in_order():
-    text = readme.settings_part()
+    text, groups = readme.settings_part(), [f for f in FIELDS.values() if f.metadata["group"]]
     rows = [row for row in cells(text) if row[0] != "setting"]
     assert [row[0].strip("`") for row in rows] == list(FIELDS)
-    assert text.count("**") == 2 * len(GROUPS) == 2 * text.count("| setting")
+    assert text.count("**") == 2 * len(groups) == 2 * text.count("| setting")
     for name, default, range_, meaning in rows:
         f, name = FIELDS[name.strip("`")], name.strip("`")
         assert default == (f"`{show(f.default)}`" if show(f.default) else "empty")
-        assert (range_, meaning.replace("`", "")) == (allowed(f), f.help)
+        assert (range_, meaning.replace("`", "")) == (allowed(f), f.metadata["help"])
 
 
 def test_names_in_meanings_are_code():
-    assert readme.code("score ARTIFACT_PATH, train nothing") == "score `ARTIFACT_PATH`, train nothing"
-    assert readme.code("if TIE_EMBEDDINGS=0; logs/RUN_ID.txt;") == "if `TIE_EMBEDDINGS=0`; `logs/RUN_ID.txt`;"
-    assert readme.code("in fineweb_{train,val}_*.bin") == "in `fineweb_{train,val}_*.bin`"
+    assert code("score ARTIFACT_PATH, train nothing") == "score `ARTIFACT_PATH`, train nothing"
+    assert code("if TIE_EMBEDDINGS=0; logs/RUN_ID.txt;") == "if `TIE_EMBEDDINGS=0`; `logs/RUN_ID.txt`;"
+    assert code("in fineweb_{train,val}_*.bin") == "in `fineweb_{train,val}_*.bin`"
     assert (
-        readme.code("raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)")
-        == "raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)"
+        code("raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)") == "raw, ema, ema_swa; an MLP, 1/sqrt(layer + 1)"
     )
 
 
@@ -164,7 +178,9 @@ def test_the_demo_part_says_what_the_log_says():
 
 
 def test_an_average_that_changes_nothing_has_no_sign():
-    printed = PRINTED.replace("chosen:ema", "chosen:raw").replace("val_bpb:3.08305629", "val_bpb:3.11105629")
+    printed = PRINTED.replace("chosen average:ema", "chosen average:raw").replace(
+        "val_bpb:3.08305629", "val_bpb:3.11105629"
+    )
     row = cells(readme.demo_part(parse_log(make_log(printed), "sketch")))[2]
     assert row[:3] == ["averaged weights (raw: the last step's)", "3.1111", "0.0000"]
 
@@ -175,7 +191,7 @@ def test_without_ttt_its_row_is_absent():
 
 
 def test_columns_are_of_even_width_and_bars_are_escaped():
-    assert readme.table(["a", "number"], [["x|y", "1"]], right=1).splitlines() == [
+    assert table(["a", "number"], [["x|y", "1"]], right=1).splitlines() == [
         "| a    | number |",
         "|------|-------:|",
         r"| x\|y |      1 |",
@@ -196,18 +212,18 @@ NONE = ["not measured"] * 8
 
 
 def result(bench, machine="NVIDIA H200", processes=1, attention="cudnn", tokens_per_second=1e6, **changed):
-    """Of a line of tools/bench.py what readme.py reads; settings in capitals."""
-    return dict(
-        bench=bench,
-        machine=machine,
-        processes=processes,
-        attention=attention,
-        tokens_per_second=tokens_per_second,
-        share_of_peak=0.4321,
-        peak_memory_mib=54321,
-        seconds_per_million_tokens=12.345,
-        settings=changed,
-    )
+    """Of a line of tools.bench what readme.py reads; settings in capitals."""
+    return {
+        "bench": bench,
+        "machine": machine,
+        "processes": processes,
+        "attention": attention,
+        "tokens_per_second": tokens_per_second,
+        "share_of_peak": 0.4321,
+        "peak_memory_mib": 54321,
+        "seconds_per_million_tokens": 12.345,
+        "settings": changed,
+    }
 
 
 def test_the_speed_part_without_figures_says_so():
@@ -248,7 +264,7 @@ def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(fold
     assert "`gptq+ans` takes 26.0% fewer bytes" in text and "131,072 tokens" in text and "3.6500" in text
     for broken in ("{", "[]", "{}", '{"points": [1]}'):
         Path("quantizers.json").write_text(broken)
-        assert fails().startswith("error: quantizers.json: no figures of tools/quant_report.py")
+        assert fails().startswith("error: quantizers.json: no figures of tools.quant_report")
 
 
 def test_the_scoring_part_compares_with_the_first_row(folder):
@@ -260,7 +276,7 @@ def test_the_scoring_part_compares_with_the_first_row(folder):
     assert "On 200,000 tokens, 2 x CPU (x86_64), torch 2.13.0; seconds: median of 3, taking turns." in text
     for broken in ("{", "[]", "{}", '{"rows": []}'):
         Path("bench_eval.json").write_text(broken)
-        assert fails().startswith("error: bench_eval.json: no figures of tools/bench_eval.py")
+        assert fails().startswith("error: bench_eval.json: no figures of tools.bench_eval")
 
 
 def test_the_demo_part_knows_streaming():
@@ -285,14 +301,14 @@ def test_figures_are_read_from_the_folder(folder):
     ]
     for broken in ("{", "[]", "1", '{"bench": "train"}'):
         Path("b.jsonl").write_text(f"{json.dumps(result('train'))}\n{broken}\n")
-        assert fails() == "error: b.jsonl, line 2: no figures of tools/bench.py; measure again"
+        assert fails() == "error: b.jsonl, line 2: no figures of tools.bench; measure again"
 
 
 def test_events_of_runs_are_no_figures(folder):
     Path("a.jsonl").write_text(json.dumps(result("train")) + "\n")
     expected = part(run(), "speed")
     Path("run.jsonl").write_text(
-        json.dumps(dict(event="settings", time=0.1, settings={})) + '\n{"event": "cut'
+        json.dumps({"event": "settings", "time": 0.1, "settings": {}}) + '\n{"event": "cut'
     )
     assert part(run(), "speed") == expected
 
@@ -320,7 +336,8 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
 def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
     assert (
         fails("--check")
-        == "error: README.md: not up to date (settings and demo and speed and quantizers and scoring); run `python tools/readme.py`"
+        == "error: README.md: not up to date (settings and demo and speed and quantizers and scoring); "
+        "run `python -m tools.readme`"
     )
     run()
     Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))

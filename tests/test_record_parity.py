@@ -1,4 +1,5 @@
-"""The numbers of record_parity.npz (another file of the same form: RECORD_PARITY_NPZ=path), within its tolerances."""
+"""The numbers of record_parity.npz (another file of the same form: RECORD_PARITY_NPZ=path), within its
+tolerances."""
 
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import score_first_ttt
 
 import train_gpt as T
 
@@ -106,7 +108,7 @@ def scorer_of(model, s):
 
 def test_sliding_score():
     s = settings()
-    score = scorer_of(record_model(s), s).score_all(s.eval_stride)
+    score = scorer_of(record_model(s), s).score_windows(s.eval_stride)
     assert_close([score.val_loss, score.val_bpb], tensor("sliding"), 1e-4)
     assert score.tokens == len(DATA["tokens"]) - 1
 
@@ -115,7 +117,7 @@ def test_sliding_score():
 def test_ttt(run):
     s = settings(**json.loads(str(DATA[f"ttt_settings/{run}"])))
     model = record_model(s)
-    score, records = T.score_first_ttt(scorer_of(model, s), T.Learner(model, s), s)
+    score, records = score_first_ttt(scorer_of(model, s), s)
     loss_tolerance, norm_tolerance = (2e-4, 1e-3) if s.ttt_muon else (1e-4, 1e-4)
     assert_close([score.val_loss, score.val_bpb], tensor(f"ttt/{run}"), loss_tolerance)
     assert [epochs for score, epochs in records[:-1]] == DATA[f"ttt_epochs/{run}"].tolist()

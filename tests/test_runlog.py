@@ -1,4 +1,6 @@
-"""tools/runlog.py: what a log says of its run, whether as JSON lines, as this program's lines, or as the challenge's."""
+"""tools/runlog.py: what a log says of its run, whether as JSON lines, as this program's lines, or as the
+challenge's.
+"""
 
 import hashlib
 import json
@@ -7,42 +9,43 @@ from pathlib import Path
 
 import pytest
 import tiny
+
 import train_gpt
-from runlog import Stage, events_of_text, final_score, latest, parse_log, read_events, read_log
+from tools.runlog import Stage, events_of_text, final_score, latest, parse_log, read_events, read_log
 from train_gpt import FIELDS, RunError, show
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 SOURCE = Path(train_gpt.__file__).read_text("utf-8")
-CHANGED = dict(
-    RUN_ID="sketch",
-    SEED="7",
-    NUM_LAYERS="4",
-    VE_LAYERS="2,3",
-    TRAIN_BATCH_TOKENS="4096",
-    EVAL_STRIDE="32",
-    DATA_PATH="/a folder/shards",
-    ARTIFACT_PATH="/a folder/sketch.bin",
-)
+CHANGED = {
+    "RUN_ID": "sketch",
+    "SEED": "7",
+    "NUM_LAYERS": "4",
+    "VE_LAYERS": "2,3",
+    "TRAIN_BATCH_TOKENS": "4096",
+    "EVAL_STRIDE": "32",
+    "DATA_PATH": "/a folder/shards",
+    "ARTIFACT_PATH": "/a folder/sketch.bin",
+}
 PRINTED = """\
-8 x NVIDIA H100 80GB HBM3, attention: FlashAttention 3, torch 2.9.1+cu128, Python 3.12.3
-3327044 parameters; tokens: 120001 for validation, 3967231 for training, 32769 held out
-warm-up took 24.2s; 10337ms are kept for average and calibration
+machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 python:3.12.3
+data parameters:3327044 validation_tokens:120001 training_tokens:3967231
+warm_up reserve:10337 took:24.2
 step:0/20000 val_loss:6.9310 val_bpb:3.8816 train_time:0ms step_avg:0.00ms
 step:10/20000 train_loss:6.8938 train_time:7661ms step_avg:766.09ms tokens/s:5347 memory:687MiB left:24s
-SWA from step 30
+swa step:30
 progress: training 72%, 8 s left
-late QAT from step 36, 1.000 times the record's steps
+late_qat step:36 knob:1
 step:40/20000 val_loss:5.5553 val_bpb:3.1111 train_time:20000ms step_avg:500.00ms
-weight_average:raw holdout_loss:5.558981
-weight_average:ema holdout_loss:5.510468
-weight_average:swa holdout_loss:5.597565
-weight_average chosen:ema
-training: 40 steps in 20000ms, 38106ms with average and calibration; peak memory 687 MiB
+average average:raw holdout_loss:5.558981
+average average:ema holdout_loss:5.510468
+average average:swa holdout_loss:5.597565
+chosen average:ema
+trained steps:40 train_time:20000 with_calibration:38106 memory:687
 averaged eval_time:5000ms, peak memory 687 MiB
 averaged_exact val_loss:5.50527908 val_bpb:3.08305629
-quantized by gptq in 1.5s, 1.000 times the record's steps
+quantized knob:1 took:1.5
 Total submission size int+rans: 2923801 bytes
-compiled scoring and TTT in 61.3s
+compiled took:61.3
 final_int6_roundtrip eval_time:7853ms, peak memory 1687 MiB
 final_int6_roundtrip_exact val_loss:5.51504779 val_bpb:3.08852676
 final_int6_sliding_window eval_time:29142ms, peak memory 1702 MiB
@@ -85,13 +88,9 @@ def make_log(printed: str = PRINTED, source: str = SOURCE, **changed: str) -> st
 
 def make_events() -> list[dict]:
     """The events of a log, with those values that only the .jsonl has."""
-    more = dict(
-        settings=dict(changed=list(CHANGED)),
-        step=dict(multiplier=1.0),
-        size=dict(side_bytes=1000, limit=16000000),
-    )
+    more = {"settings": {"changed": list(CHANGED)}, "step": {"multiplier": 1.0}, "size": {"side_bytes": 1000}}
     return [
-        event | more.get(event["event"], {}) | dict(time=1.5 * i)
+        event | more.get(event["event"], {}) | {"time": 1.5 * i}
         for i, event in enumerate(events_of_text(make_log()))
     ]
 
@@ -114,50 +113,63 @@ def test_each_figure_is_read_from_its_line():
     assert (log.hardware, log.attention) == ("8 x NVIDIA H100 80GB HBM3", "FlashAttention 3")
     assert (log.torch, log.python) == ("2.9.1+cu128", "3.12.3")
     assert (log.parameters, log.steps, log.bytes_total) == (3327044, 40, 2923801)
-    assert log.holdout_losses == dict(raw=5.558981, ema=5.510468, swa=5.597565) and log.chosen == "ema"
-    assert log.stages == dict(
-        training=Stage(5.5553, 3.1111, 20.0, 687),
-        averaged=Stage(5.50527908, 3.08305629, 18.106, 687),
-        roundtrip=Stage(5.51504779, 3.08852676, 7.853, 1687),
-        sliding=Stage(5.4976067, 3.07875962, 29.142, 1702),
-        ttt=Stage(5.48361088, 3.0709208, 75.456, 2687),
-    )
+    assert log.holdout_losses == {"raw": 5.558981, "ema": 5.510468, "swa": 5.597565} and log.chosen == "ema"
+    assert log.stages == {
+        "training": Stage(5.5553, 3.1111, 20.0, 687),
+        "averaged": Stage(5.50527908, 3.08305629, 18.106, 687),
+        "roundtrip": Stage(5.51504779, 3.08852676, 7.853, 1687),
+        "sliding": Stage(5.4976067, 3.07875962, 29.142, 1702),
+        "ttt": Stage(5.48361088, 3.0709208, 75.456, 2687),
+    }
     assert log.final == log.stages["ttt"]
 
 
 def test_each_line_is_the_event_that_it_stands_for():
     found = {event["event"]: event for event in events_of_text(make_log())}
-    assert found["data"] == dict(
-        event="data",
-        parameters=3327044,
-        validation_tokens=120001,
-        training_tokens=3967231,
-        holdout_tokens=32769,
-    )
-    assert found["warm_up"] == dict(event="warm_up", took=24.2, reserve=10337)
-    assert found["step"] == dict(
-        event="step",
-        step=10,
-        iterations=20000,
-        train_loss=6.8938,
-        train_time=7661,
-        step_avg=766.09,
-        tokens_per_second=5347,
-        memory=687,
-        left=24,
-    )
-    assert found["swa"] == dict(event="swa", step=30)
-    assert found["late_qat"] == dict(event="late_qat", step=36, knob=1.0)
-    assert found["progress"] == dict(event="progress", stage="training", done=0.72, left=8)
-    assert found["quantized"] == dict(event="quantized", quantizer="gptq", took=1.5, knob=1.0)
-    assert found["size"] == dict(
-        event="size", artifact_bytes=2923801 - len(SOURCE.encode()), code_bytes=len(SOURCE.encode())
-    )
-    assert found["compiled"] == dict(event="compiled", took=61.3)
-    assert found["ttt_chunk"] == dict(event="ttt_chunk", chunk=2, chunks=2, bpb=3.070921, seconds=75.5)
-    assert found["stage"] == dict(
-        event="stage", stage="legal_ttt", eval_time=75456, memory=2687, val_loss=5.48361088, val_bpb=3.0709208
-    )
+    assert found["data"] == {
+        "event": "data",
+        "parameters": 3327044,
+        "validation_tokens": 120001,
+        "training_tokens": 3967231,
+    }
+    assert found["warm_up"] == {"event": "warm_up", "took": 24.2, "reserve": 10337}
+    assert found["step"] == {
+        "event": "step",
+        "step": 10,
+        "iterations": 20000,
+        "train_loss": 6.8938,
+        "train_time": 7661,
+        "step_avg": 766.09,
+        "tokens_per_second": 5347,
+        "memory": 687,
+        "left": 24,
+    }
+    assert found["swa"] == {"event": "swa", "step": 30}
+    assert found["late_qat"] == {"event": "late_qat", "step": 36, "knob": 1.0}
+    assert found["progress"] == {"event": "progress", "stage": "training", "done": 0.72, "left": 8}
+    assert found["quantized"] == {"event": "quantized", "took": 1.5, "knob": 1}
+    assert found["size"] == {
+        "event": "size",
+        "total": 2923801,
+        "artifact_bytes": 2923801 - len(SOURCE.encode()),
+        "code_bytes": len(SOURCE.encode()),
+    }
+    assert found["compiled"] == {"event": "compiled", "took": 61.3}
+    assert found["ttt_chunk"] == {
+        "event": "ttt_chunk",
+        "chunk": 2,
+        "chunks": 2,
+        "bpb": 3.070921,
+        "seconds": 75.5,
+    }
+    assert found["stage"] == {
+        "event": "stage",
+        "stage": "legal_ttt",
+        "eval_time": 75456,
+        "memory": 2687,
+        "val_loss": 5.48361088,
+        "val_bpb": 3.0709208,
+    }
 
 
 def test_names_and_values_are_an_events_line_too():
@@ -170,9 +182,8 @@ def test_names_and_values_are_an_events_line_too():
     }
     assert (
         any(
-            line
-            == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 "
-            "python:3.12.3"
+            line == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 "
+            "torch:2.9.1+cu128 python:3.12.3"
             for line in written.values()
         )
         and len(written) == 12
@@ -181,9 +192,9 @@ def test_names_and_values_are_an_events_line_too():
     assert events_of_text(
         "resumed step:20 took:1.5e-05\nerror message:disk full: 3 bytes\naudit share:much\nstep by step"
     ) == [
-        dict(event="resumed", step=20, took=1.5e-05),
-        dict(event="error", message="disk full: 3 bytes"),
-        dict(event="audit"),
+        {"event": "resumed", "step": 20, "took": 1.5e-05},
+        {"event": "error", "message": "disk full: 3 bytes"},
+        {"event": "audit"},
     ]
 
 
@@ -201,23 +212,18 @@ def test_the_json_lines_and_the_text_tell_the_same_run(tmp_path):
 
 def test_changed_settings_are_those_that_differ_from_the_logged_sources_defaults():
     assert parse_log(make_log(), "sketch").changed_settings == CHANGED
-    rows = "\n".join(
-        f"{name}={show(f.default) if isinstance(f.default, tuple) else repr(f.default)} 0.. help"
-        for name, f in FIELDS.items()
-    )
-    old = ", ".join(f"{name.lower()}=({f.default!r}, 'help', 0)" for name, f in FIELDS.items())
-    for source, default in (
-        (f'import os\nTABLE = """\n{rows}\n"""\n', "SEED=1337"),
-        (f"SETTINGS = dict({old})", "seed=(1337"),
+    source = SOURCE.replace("seed: int = setting(1337,", "seed: int = setting(7,")
+    assert source != SOURCE
+    changed = parse_log(make_log(source=source), "sketch").changed_settings
+    assert changed == {name: value for name, value in CHANGED.items() if name != "SEED"}
+    for source in (
+        "no Python!",
+        "SETTINGS = 3",
+        "print()",
+        "class Settings:\n    seed: int = setting(open('t'))",
     ):
-        assert parse_log(make_log(source=source), "sketch").changed_settings == CHANGED
-        changed = parse_log(
-            make_log(source=source.replace(default, default.replace("1337", "7"))), "sketch"
-        ).changed_settings
-        assert changed == {name: value for name, value in CHANGED.items() if name != "SEED"}
-    for source in ("no Python!", "SETTINGS = 3", "print()", "TABLE = open('t')"):
         with pytest.raises(RunError, match="run sketch: the source in its log is no train_gpt.py"):
-            parse_log(make_log(source=source), "sketch").changed_settings
+            _ = parse_log(make_log(source=source), "sketch").changed_settings
 
 
 def test_without_ttt_the_sliding_score_is_the_last():
@@ -247,7 +253,7 @@ def test_a_score_that_is_no_number_is_refused(tmp_path):
         parse_log(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:nan")), "sketch")
     events = make_events()
     for value in (math.nan, None):
-        path = write_run(tmp_path, events[:-1] + [events[-1] | dict(val_bpb=value)])
+        path = write_run(tmp_path, events[:-1] + [events[-1] | {"val_bpb": value}])
         with pytest.raises(RunError, match="no score of legal_ttt"):
             read_log(path)
         with pytest.raises(RunError, match="has no exact score"):
@@ -311,26 +317,26 @@ def test_what_is_no_log_is_told(tmp_path):
 
 def test_of_what_a_resumed_run_did_again_the_later_counts(tmp_path):
     def step(number: int, loss: float) -> dict:
-        return dict(event="step", step=number, train_loss=loss)
+        return {"event": "step", "step": number, "train_loss": loss}
 
     def chunk(number: int, bpb: float) -> dict:
-        return dict(event="ttt_chunk", chunk=number, bpb=bpb)
+        return {"event": "ttt_chunk", "chunk": number, "bpb": bpb}
 
     path = write_run(
         tmp_path,
         [
             step(100, 3.0),
             step(200, 2.5),
-            dict(event="swa", step=250),
-            dict(event="validation", step=300, val_bpb=1.5),
+            {"event": "swa", "step": 250},
+            {"event": "validation", "step": 300, "val_bpb": 1.5},
             step(350, 2.2),
-            dict(event="resumed", step=150),
+            {"event": "resumed", "step": 150},
             step(200, 2.4),
             step(300, 2.1),
-            dict(event="validation", step=300, val_bpb=1.4),
+            {"event": "validation", "step": 300, "val_bpb": 1.4},
             chunk(1, 1.3),
             chunk(2, 1.2),
-            dict(event="resumed", chunk=1),
+            {"event": "resumed", "chunk": 1},
             chunk(2, 1.1),
         ],
     )
@@ -350,16 +356,24 @@ def test_a_log_of_the_challenge_gives_events_and_a_score(tmp_path, source):
     path.write_text(source + CHALLENGE)
     events = read_events(path)
     assert final_score(path) == (1.88712345, 1.1177)
-    assert latest(events, "settings")["settings"] == dict(
-        SEED="1337", TRAIN_BATCH_TOKENS="786432", TRAIN_SEQ_LEN="2048", ITERATIONS="20000"
-    )
+    assert latest(events, "settings")["settings"] == {
+        "SEED": "1337",
+        "TRAIN_BATCH_TOKENS": "786432",
+        "TRAIN_SEQ_LEN": "2048",
+        "ITERATIONS": "20000",
+    }
     assert [e["train_loss"] for e in events if e["event"] == "step"] == [2.4012]
     assert [(e["step"], e["val_bpb"]) for e in events if e["event"] == "validation"] == [
         (0, 4.1049),
         (7189, 1.1376),
     ]
-    assert latest(events, "size") == dict(event="size", artifact_bytes=15851372, code_bytes=93038)
-    assert latest(events, "trained") == dict(event="trained", train_time=600031, steps=7189)
+    assert latest(events, "size") == {
+        "event": "size",
+        "total": 15944410,
+        "artifact_bytes": 15851372,
+        "code_bytes": 93038,
+    }
+    assert latest(events, "trained") == {"event": "trained", "train_time": 600031, "steps": 7189}
     assert [(e["stage"], e.get("eval_time"), e["val_bpb"]) for e in events if e["event"] == "stage"] == [
         ("final_int6_roundtrip", 6000, 1.1449),
         ("final_int6_sliding_window", None, 1.1214),
@@ -370,7 +384,7 @@ def test_a_log_of_the_challenge_gives_events_and_a_score(tmp_path, source):
     with pytest.raises(RunError, match="no log of train_gpt.py|has no line on the machine"):
         read_log(path)
     path.write_text(CHALLENGE.replace("Code size", "Size"))
-    assert latest(read_events(path), "size") == dict(event="size", total_bytes=15944410)
+    assert latest(read_events(path), "size") == {"event": "size", "total": 15944410}
 
 
 @pytest.mark.parametrize(
@@ -390,7 +404,8 @@ def test_what_a_run_writes_can_be_read(tmp_path):
         log.source == SOURCE and log.steps == tiny.SETTINGS["ITERATIONS"] and log.chosen in log.holdout_losses
     )
     assert (
-        log.changed_settings.items() >= dict(RUN_ID="tiny", NUM_LAYERS="2", TRAIN_BATCH_TOKENS="512").items()
+        log.changed_settings.items()
+        >= {"RUN_ID": "tiny", "NUM_LAYERS": "2", "TRAIN_BATCH_TOKENS": "512"}.items()
     )
     assert "EMA_DECAY" not in log.changed_settings
     assert list(log.stages) == ["training", "averaged", "roundtrip", "sliding", "ttt"]

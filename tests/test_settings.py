@@ -1,10 +1,12 @@
-"""Settings: the record's defaults, and one clear line for every value, name or combination that cannot be meant."""
+"""Settings: the record's defaults, and one clear line for every value, name or combination that cannot be
+meant."""
 
+import math
 import re
-from ast import literal_eval
 
 import pytest
 import tiny
+
 import train_gpt as T
 
 RECORD = dict(
@@ -26,16 +28,16 @@ RECORD = dict(
     NUM_HEADS=8,
     NUM_KV_HEADS=4,
     MLP_MULT=3.0,
-    TIE_EMBEDDINGS=1,
+    TIE_EMBEDDINGS=True,
     ROPE_BASE=10000.0,
     ROPE_DIMS=16,
     LOGIT_SOFTCAP=30.0,
     QK_GAIN_INIT=1.5,
-    LN_SCALE=1,
+    LN_SCALE=True,
     XSA_LAST_N=4,
     BIGRAM_VOCAB_SIZE=1536,
     BIGRAM_DIM=128,
-    VE_ENABLED=1,
+    VE_ENABLED=True,
     VE_DIM=128,
     VE_LAYERS=(9, 10),
     TIED_EMBED_INIT_STD=0.005,
@@ -54,18 +56,18 @@ RECORD = dict(
     BETA2=0.95,
     ADAM_EPS=1e-8,
     GRAD_CLIP_NORM=0.3,
-    EMA_ENABLED=1,
+    EMA_ENABLED=True,
     EMA_DECAY=0.997,
-    SWA_ENABLED=1,
+    SWA_ENABLED=True,
     SWA_EVERY=50,
-    LATE_QAT=1,
+    LATE_QAT=True,
     LATE_QAT_THRESHOLD=0.15,
     EVAL_SEQ_LEN=2048,
     EVAL_STRIDE=64,
-    TTT_ENABLED=1,
-    TTT_MUON=1,
+    TTT_ENABLED=True,
+    TTT_MUON=True,
     TTT_NS_STEPS=3,
-    TTT_ENTROPY_ADAPT=1,
+    TTT_ENTROPY_ADAPT=True,
     TTT_ENTROPY_HIGH=2.1,
     TTT_ENTROPY_LOW=1.75,
     TTT_LR=0.002,
@@ -122,14 +124,22 @@ def test_every_setting_is_read_from_the_environment():
     )
     for name, value in values({}).items():
         if name not in changed:
-            switch = T.FIELDS[name][1:3] == (0, 1) and isinstance(value, int)
-            changed[name] = 1 - value if switch else value + 1 if isinstance(value, int) else value / 2 or 0.5
+            if isinstance(value, bool):
+                changed[name] = not value
+            else:
+                changed[name] = value + 1 if isinstance(value, int) else value / 2 or 0.5
         assert changed[name] != value
     text = {
         name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         for name, value in changed.items()
+        if not isinstance(value, bool)
     }
-    assert values(text) == changed
+    text |= {name: str(int(value)) for name, value in changed.items() if isinstance(value, bool)}
+    found = values(text)
+    assert found == changed
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(value) for name, value in values({}).items()
+    }
 
 
 @pytest.mark.parametrize("text", ["many", " ", "0x10", "1;2", "nan", "-1"])
@@ -160,8 +170,11 @@ def test_what_does_not_parse_is_named_with_its_value(text):
         ("BETA2", "1", "number", [0, 0.999999]),
         ("MLP_MULT", "0", "number", [0.5]),
         ("LOGIT_SOFTCAP", "0", "number", [0.001]),
-        ("TTT_MUON", "2", "integer", [0, 1]),
-        ("EVAL_ONLY", "true", "integer", [0, 1]),
+        ("TTT_MUON", "2", "0 or 1", [0, 1]),
+        ("EVAL_ONLY", "true", "0 or 1", [0, 1]),
+        ("TTT_MUON", "-1", "0 or 1", [0, 1]),
+        ("RECIPE", "rtn", "record or best", []),
+        ("EVAL_MODE", "", "sliding or streaming", []),
         ("VE_LAYERS", "9 10", "comma", []),
         ("VE_LAYERS", "1.5", "comma", []),
     ],
@@ -212,13 +225,18 @@ def test_a_misspelt_setting_is_an_error_that_names_the_nearest(name, nearest):
     assert message.startswith(f"{name} is no setting") and re.search(rf"\b{nearest}\b", message)
 
 
+OTHERS = """
+MAX_JOBS MODEL_DIR MODEL_NAME NUM_THREADS NUM_GPUS RUN_NAME DATA_DIR DATA_HOME TOKENIZERS_PARALLELISM HOME
+PATH PWD USER LANG TERM SHELL TMPDIR HOSTNAME OMP_NUM_THREADS MKL_NUM_THREADS HEAD_NODE HEAD_NODE_IP
+SEED_FILE ARTIFACT_DIR CUDA_VISIBLE_DEVICES NCCL_DEBUG RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
+GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCH_LOGS PYTORCH_CUDA_ALLOC_CONF SLURM_JOB_ID
+SLURM_NTASKS WANDB_PROJECT HF_HOME VIRTUAL_ENV PYTHONPATH LD_LIBRARY_PATH PYTEST_CURRENT_TEST
+NVIDIA_VISIBLE_DEVICES _ A
+"""
+
+
 def test_variables_of_other_programs_are_no_settings():
-    names = """MAX_JOBS MODEL_DIR MODEL_NAME NUM_THREADS NUM_GPUS RUN_NAME DATA_DIR DATA_HOME TOKENIZERS_PARALLELISM HOME PATH
-        PWD USER LANG TERM SHELL TMPDIR HOSTNAME OMP_NUM_THREADS MKL_NUM_THREADS HEAD_NODE HEAD_NODE_IP SEED_FILE ARTIFACT_DIR
-        CUDA_VISIBLE_DEVICES NCCL_DEBUG RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
-        TORCHELASTIC_RUN_ID TORCH_LOGS PYTORCH_CUDA_ALLOC_CONF SLURM_JOB_ID SLURM_NTASKS WANDB_PROJECT HF_HOME VIRTUAL_ENV
-        PYTHONPATH LD_LIBRARY_PATH PYTEST_CURRENT_TEST NVIDIA_VISIBLE_DEVICES _ A""".split()
-    assert T.parse_settings(dict.fromkeys(names, "x")) == T.parse_settings({})
+    assert T.parse_settings(dict.fromkeys(OTHERS.split(), "x")) == T.parse_settings({})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +260,6 @@ def test_variables_of_other_programs_are_no_settings():
         (dict(EVAL_STRIDE=2049), "EVAL_STRIDE EVAL_SEQ_LEN"),
         (dict(TTT_CHUNK_TOKENS=1024), "TTT_CHUNK_TOKENS TRAIN_SEQ_LEN"),
         (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS NUM_LAYERS"),
-        (dict(RECIPE="rtn"), "RECIPE"),
         (dict(EVAL_ONLY=1), "EVAL_ONLY ARTIFACT_PATH"),
         (dict(RUN_ID="runs/1"), "RUN_ID"),
         (dict(RESUME="auto"), "RUN_ID RESUME"),
@@ -251,8 +268,9 @@ def test_variables_of_other_programs_are_no_settings():
 )
 def test_contradicting_settings_are_named_with_their_values(environ, named):
     message, everything = error_of(**environ), values({}) | environ
+    assert re.fullmatch(r"[A-Z_]+(=\w+)? (must be|needs) [^;]*; now ([A-Z_]+=\S*( |$))+", message)
     for name in named.split():
-        assert f"{name}={everything[name]}" in message
+        assert f"{name}={everything[name]}" in message.split("; now ")[1]
 
 
 @pytest.mark.parametrize(
@@ -284,13 +302,54 @@ def test_help_prints_every_setting_with_its_default(tmp_path):
         "torchrun --standalone --nproc_per_node=8 train_gpt.py" in result.out
         and list(tmp_path.iterdir()) == []
     )
-    lines = dict(re.findall(r"^([A-Z0-9_]+)=(\S+ .*\S)$", result.out, re.M))
+    assert result.out == T.help_text() + "\n"
+    lines = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*)$", result.out, re.M))
     assert list(lines) == list(T.FIELDS)
     for name, line in lines.items():
-        default, limits, text = re.fullmatch(r"(\S+) (?:(\S+\.\.\S*) )?(.+)", line).groups(default="")
-        low, _, high = limits.partition("..")
-        assert T.Setting(literal_eval(default), float(low or 0), float(high or 1e300), text) == T.FIELDS[name]
-        assert values({name: T.show(literal_eval(default))}) == values({})
+        default, said = line.split("  ")
+        assert values({name: default}) == values({}) and default == T.show(T.FIELDS[name].default)
+        assert said == f"{T.FIELDS[name].metadata['help']} ({T.allowed(T.FIELDS[name])})"
+    groups = re.findall(r"^(\S.*):\n  [A-Z0-9_]+=", result.out, re.M)
+    assert groups == [f.metadata["group"] for f in T.FIELDS.values() if f.metadata["group"]] and groups
+
+
+def test_what_help_says_is_allowed_is_what_is_parsed():
+    """For each number its limits, for each choice all of them."""
+    for name, f in T.FIELDS.items():
+        said, limits = T.allowed(f), re.findall(r"(?:from|to) (\S+)", T.allowed(f))
+        if f.metadata["choices"]:
+            assert said.split(" or ") == list(f.metadata["choices"])
+            assert all(T.parse_value(name, choice) == choice for choice in said.split(" or "))
+        elif f.type in (int, float):
+            for sign, limit in zip((-1, 1), limits, strict=False):
+                assert T.parse_value(name, limit) == float(limit)
+                with pytest.raises(T.RunError):
+                    T.parse_value(name, str(f.type(float(limit)) + sign))
+            assert (len(limits) == 1) == math.isinf(f.metadata["high"])
+        else:
+            assert limits == []
+
+
+MODEL = """
+NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS ROPE_BASE ROPE_DIMS LOGIT_SOFTCAP
+QK_GAIN_INIT LN_SCALE XSA_LAST_N BIGRAM_VOCAB_SIZE BIGRAM_DIM VE_ENABLED VE_DIM VE_LAYERS TIED_EMBED_INIT_STD
+"""
+LOCAL = """
+DATA_PATH TOKENIZER_PATH RUN_ID ARTIFACT_PATH ARTIFACT_LIMIT EVAL_ONLY CHECKPOINT_EVERY RESUME AUDIT
+"""
+
+
+def test_a_fact_of_each_setting_says_whether_the_artifact_keeps_it():
+    kinds = {name: f.metadata["kept"] for name, f in T.FIELDS.items()}
+    assert set(kinds.values()) == {"yes", "no", "fixed"}
+    assert [name.lower() for name, kind in kinds.items() if kind != "no"] == T.KEPT
+    assert [name for name, kind in kinds.items() if kind == "fixed"] == MODEL.split()
+    assert [name for name, kind in kinds.items() if kind == "no"] == LOCAL.split()
+
+
+def test_the_program_stays_within_its_size():
+    """DESIGN: when the file gets near the limit, something that has no measured use goes."""
+    assert tiny.SCRIPT.stat().st_size <= 110_000
 
 
 @pytest.mark.parametrize("argument", ["--iterations=3", "-h", "NUM_LAYERS=3", "x"])

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import submit
 import tiny
+
 import train_gpt
-from runlog import SEPARATOR, latest, read_events
+from tools import submit
+from tools.runlog import SEPARATOR, latest, read_events
 
 SOURCE = Path(train_gpt.__file__).read_text("utf-8")
 SEEDS = [7, 42, 1337]
@@ -62,18 +63,20 @@ def refused(*arguments):
 
 
 def edit(path, kind="", source=SOURCE, **changed):
-    """Write logs/X.jsonl anew with values of its last event of a kind, or of the kind at its end, changed; settings by their
-    names in capitals. logs/X.txt stays, but for its source."""
+    """Write logs/X.jsonl anew with values of its last event of a kind, or of the kind at its end, changed;
+    settings by their names in capitals. logs/X.txt stays, but for its source.
+    """
     events = read_events(Path(path))
     event = latest(events, kind)
     if kind and not event:
-        events.append(dict(event=kind, time=1.0) | changed)
+        events.append({"event": kind, "time": 1.0} | changed)
     event.update({name: value for name, value in changed.items() if name.islower()})
     settings = latest(events, "settings")
     settings["settings"] |= {name: value for name, value in changed.items() if name.isupper()}
-    settings |= dict(
-        source_sha256=hashlib.sha256(source.encode()).hexdigest(), code_bytes=len(source.encode())
-    )
+    settings |= {
+        "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "code_bytes": len(source.encode()),
+    }
     Path(path).with_suffix(".jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     old = Path(path).read_text("utf-8")
     Path(path).write_text(source + old[old.index(SEPARATOR) :], "utf-8")
@@ -81,12 +84,12 @@ def edit(path, kind="", source=SOURCE, **changed):
 
 def audit(path, violations=(), **hashes):
     """Write the audit beside a log."""
-    actual = dict(
-        code=hashlib.sha256(SOURCE.encode()).hexdigest(),
-        artifact=hashlib.sha256(Path(path).with_suffix(".bin").read_bytes()).hexdigest(),
-    )
+    actual = {
+        "code": hashlib.sha256(SOURCE.encode()).hexdigest(),
+        "artifact": hashlib.sha256(Path(path).with_suffix(".bin").read_bytes()).hexdigest(),
+    }
     Path(path).with_suffix(".audit.json").write_text(
-        json.dumps(dict(violations=list(violations), hashes=actual | hashes, stages=dict(legal_ttt={})))
+        json.dumps({"violations": list(violations), "hashes": actual | hashes, "stages": {"legal_ttt": {}}})
     )
 
 
@@ -119,21 +122,21 @@ def test_every_number_of_a_submission_is_the_logs(folder, capsys):
         "track_10min_16mb",
     )
     figures = []
-    for path, seed in zip(LOGS, SEEDS):
+    for path, seed in zip(LOGS, SEEDS, strict=False):
         events = read_events(Path(path))
         scores = {event["stage"]: event for event in events if event["event"] == "stage"}
         trained, size = latest(events, "trained"), latest(events, "size")
-        expected = dict(
-            val_loss=scores["legal_ttt"]["val_loss"],
-            val_bpb=scores["legal_ttt"]["val_bpb"],
-            val_bpb_before_quantization=scores["averaged"]["val_bpb"],
-            val_bpb_after_quantization=scores["final_int6_roundtrip"]["val_bpb"],
-            steps=3,
-            ms_per_step=trained["train_time"] / 3,
-            train_seconds=trained["with_calibration"] / 1000,
-            eval_seconds=sum(scores[stage]["eval_time"] for stage in STAGES) / 1000,
-            bytes_total=len(SOURCE.encode()) + Path(path).with_suffix(".bin").stat().st_size,
-        )
+        expected = {
+            "val_loss": scores["legal_ttt"]["val_loss"],
+            "val_bpb": scores["legal_ttt"]["val_bpb"],
+            "val_bpb_before_quantization": scores["averaged"]["val_bpb"],
+            "val_bpb_after_quantization": scores["final_int6_roundtrip"]["val_bpb"],
+            "steps": 3,
+            "ms_per_step": trained["train_time"] / 3,
+            "train_seconds": trained["with_calibration"] / 1000,
+            "eval_seconds": sum(scores[stage]["eval_time"] for stage in STAGES) / 1000,
+            "bytes_total": len(SOURCE.encode()) + Path(path).with_suffix(".bin").stat().st_size,
+        }
         assert size["artifact_bytes"] + len(SOURCE.encode()) == expected["bytes_total"]
         found = s["seed_results"][str(seed)]
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-4)
@@ -175,14 +178,14 @@ def test_every_number_of_a_submission_is_the_logs(folder, capsys):
         "eval_seconds",
     ]
     table = [[figure[name] for name in columns] for figure in figures]
-    means = [sum(column) / 3 for column in zip(*table)]
+    means = [sum(column) / 3 for column in zip(*table, strict=False)]
     deviations = [
         math.sqrt(sum((value - mean) ** 2 for value in column) / 2)
-        for column, mean in zip(zip(*table), means)
+        for column, mean in zip(zip(*table, strict=False), means, strict=False)
     ]
     assert [row[0] for row in rows[1:]] == [*map(str, SEEDS), "mean", "deviation"]
-    for row, values in zip(rows[1:], [*table, means, deviations]):
-        for cell, value in zip(row[1:], values):
+    for row, values in zip(rows[1:], [*table, means, deviations], strict=False):
+        for cell, value in zip(row[1:], values, strict=False):
             digits = len(cell.partition(".")[2])
             assert float(cell.replace(",", "")) == pytest.approx(
                 value, abs=0.501 * 10**-digits + 6e-4 * (digits < 4)
@@ -214,9 +217,12 @@ def test_the_folder_has_source_requirements_and_all_that_the_runs_left(folder):
 
 
 def test_its_commands_run_the_same_settings_and_it_names_no_place(folder):
-    others = dict(
-        DATA_PATH="/home/ada/my shards", ARTIFACT_PATH="/home/ada/a.bin", VE_LAYERS="", VE_ENABLED="0"
-    )
+    others = {
+        "DATA_PATH": "/home/ada/my shards",
+        "ARTIFACT_PATH": "/home/ada/a.bin",
+        "VE_LAYERS": "",
+        "VE_ENABLED": "0",
+    }
     for path in LOGS:
         edit(path, "settings", changed=[*tiny.SETTINGS, *others, "SEED"], **others)
     submit.main([*LOGS, *WHO])
@@ -357,7 +363,9 @@ def test_what_is_exactly_at_the_limits_is_a_record(folder):
 def test_an_error_that_was_got_over_is_no_reason(folder):
     edit(LAST)
     record = Path(LAST).with_suffix(".jsonl")
-    record.write_text(json.dumps(dict(event="error", time=1.0, message="killed")) + "\n" + record.read_text())
+    record.write_text(
+        json.dumps({"event": "error", "time": 1.0, "message": "killed"}) + "\n" + record.read_text()
+    )
     submit.main([*LOGS, *WHO])
 
 
@@ -464,8 +472,8 @@ def test_one_runs_submission_json_names_its_log_and_whether_it_is_of_the_present
         "1 seed, where 3 or more are needed",
     ]
     assert (
-        s["blurb"]
-        == "3 steps of 512 tokens, weights quantized by gptq and entropy-coded, score-first test-time training"
+        s["blurb"] == "3 steps of 512 tokens, weights quantized by gptq and entropy-coded, "
+        "score-first test-time training"
     )
     assert [path.name for path in Path("results").iterdir()] == ["submission.json"]
     edit(LOGS[0], source=SOURCE + "# older\n")

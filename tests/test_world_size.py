@@ -3,11 +3,10 @@
 import socket
 import time
 
-import pytest
-import torch
-
 import forked  # noqa: F401 (what the server of forks has imported)
 import helpers
+import pytest
+import torch
 
 WORLDS = (1, 2, 4, 8)
 RUNS = helpers.TTT_RUNS | helpers.STREAM_RUNS
@@ -84,7 +83,8 @@ def test_streamed_scores_are_the_same(found, world):
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_ttt_is_the_same(found, world, run):
-    """Chunks that no world size divides evenly among sequences; in a stream, a last one of a few positions."""
+    """Chunks that no world size divides evenly among sequences; in a stream, a last one of a few
+    positions."""
     one = found[1][0][run]
     epochs = [epochs for _, epochs in one["records"]]
     assert epochs == (
@@ -92,7 +92,7 @@ def test_ttt_is_the_same(found, world, run):
     )  # as hard as they scored
     for r in found[world]:
         assert [epochs for _, epochs in r[run]["records"]] == epochs
-        for (score, _), (one_score, _) in zip(r[run]["records"], one["records"]):
+        for (score, _), (one_score, _) in zip(r[run]["records"], one["records"], strict=True):
             assert score[1:] == one_score[1:]
             assert score.val_loss == pytest.approx(one_score.val_loss, abs=1e-4)
         assert r[run]["after"].val_loss == pytest.approx(one["after"].val_loss, abs=1e-4)
@@ -101,7 +101,8 @@ def test_ttt_is_the_same(found, world, run):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_score_knows_a_later_token(found, world):
-    """Streaming with TTT, of which each rank has a part: what comes before the changed token is scored bitwise the same."""
+    """Streaming with TTT, of which each rank has a part: what comes before the changed token is scored
+    bitwise the same."""
     differs = torch.zeros(260, dtype=torch.bool)
     for rank in found[world]:
         one, other = rank["changed"]

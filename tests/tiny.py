@@ -1,4 +1,5 @@
-"""A tiny data set, settings for a run that takes about a second, and three ways to run train_gpt.py with them."""
+"""A tiny data set, settings for a run that takes about a second, and three ways to run train_gpt.py with
+them."""
 
 import io
 import os
@@ -14,9 +15,9 @@ from unittest.mock import patch
 import numpy as np
 import sentencepiece
 import torch
-import train_gpt
 from forked import Process
-from tools.extras import extras
+
+import train_gpt
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 VOCAB_SIZE = 512
@@ -62,7 +63,8 @@ def text():
 
 @cache
 def tokenizer_of(**options):
-    """A SentencePiece model made of text(): FineWeb's ids 0 to 3 and byte pieces, unless options say otherwise."""
+    """A SentencePiece model made of text(): FineWeb's ids 0 to 3 and byte pieces, unless options say
+    otherwise."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text().splitlines()),
@@ -99,7 +101,8 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 
 def make_data(folder):
-    """Write what SETTINGS expects: tokenizer.model, two train shards of 6,000 tokens and a validation shard of 1,500."""
+    """Write what SETTINGS expects: tokenizer.model, two train shards of 6,000 tokens and a validation
+    shard of 1,500."""
     train_tokenizer(folder / "tokenizer.model")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokens = np.resize(
@@ -118,7 +121,8 @@ class Result(NamedTuple):
 
 
 def environment(settings):
-    """This process's environment without its own settings and ranks, with SETTINGS and then `settings`; None unsets."""
+    """This process's environment without its own settings and ranks, with SETTINGS and then `settings`;
+    None unsets."""
     ours = {*train_gpt.FIELDS, "RANK", "LOCAL_RANK", "WORLD_SIZE"}
     values = {name: value for name, value in os.environ.items() if name not in ours} | SETTINGS | settings
     return {name: str(value) for name, value in values.items() if value is not None}
@@ -130,8 +134,6 @@ def run(folder, *arguments, **settings):
     torch.set_num_threads(1)
     with (
         patch.dict(os.environ, environment(settings), clear=True),
-        patch.object(train_gpt, "outputs", [None]),
-        patch.object(train_gpt, "lost", []),
         patch.object(sys, "argv", ["train_gpt.py", *arguments]),
         chdir(folder),
         redirect_stdout(out),
@@ -141,10 +143,6 @@ def run(folder, *arguments, **settings):
             return Result(train_gpt.main(), out.getvalue(), err.getvalue())
         finally:
             torch.set_num_threads(threads)
-            for file in filter(None, (*train_gpt.outputs, extras.file)):
-                file.close()
-            vars(extras).clear()
-            extras.__init__()  # what is called outside of runs leaves no events
 
 
 def start(command, folder, **settings):

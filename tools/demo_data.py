@@ -1,13 +1,14 @@
-"""Build a small data set from text that every Python installation carries, to try train_gpt.py without a download.
+"""Build a small data set from text that every Python installation carries, to try train_gpt.py without a
+download.
 
-    python tools/demo_data.py --out data/demo
+    python -m tools.demo_data --out data/demo
 
-The documents are the standard library's modules, Python's documentation topics and the docstrings of modules written in
-C. They are put in order of their SHA-256; the first are for validation, the rest for training. A SentencePiece BPE
-tokenizer of 1,024 tokens is trained on the training part. The same Python version gives the same data.
+The documents are the standard library's modules, Python's documentation topics and the docstrings of modules
+written in C. They are put in order of their SHA-256; the first are for validation, the rest for training. A
+SentencePiece BPE tokenizer of 1,024 tokens is trained on the training part. The same Python version gives the
+same data.
 """
 
-import argparse
 import hashlib
 import importlib
 import importlib.machinery
@@ -20,15 +21,16 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from make_shards import write_shards  # noqa: E402
-from train_gpt import RunError  # noqa: E402
+from tools.common.cli import Parser, ends_in_one_line
+from tools.make_shards import write_shards
+from train_gpt import RunError
 
+SPACE = "\u2581"  # how SentencePiece writes a space, so that it cannot tell the two apart
 VAL_BYTES = 250_000
 MIN_BYTES = 2_000_000
 MAX_DOCUMENT_BYTES = 100_000  # a longer one could be most of the validation part
@@ -39,7 +41,9 @@ SKIPPED_MODULES = {"readline"}  # may write to the terminal on import
 
 
 def module_sources() -> Iterator[str]:
-    """The sources of the standard library, without tests, tables and files that are too long or not UTF-8."""
+    """Yield the sources of the standard library, without tests, tables and files that are too long or not
+    UTF-8.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -53,7 +57,7 @@ def module_sources() -> Iterator[str]:
 
 
 def documentation_topics() -> Iterator[str]:
-    """What `help("TOPIC")` shows; nothing where Python comes without it."""
+    """Yield what `help("TOPIC")` shows; nothing where Python comes without it."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -62,7 +66,7 @@ def documentation_topics() -> Iterator[str]:
 
 
 def c_docstrings() -> Iterator[str]:
-    """The docstrings of each standard module that has no Python source, as one document a module."""
+    """Yield the docstrings of each standard module that has no Python source, as one document a module."""
     seen = set()
 
     def entries(name: str, thing: object) -> Iterator[str]:
@@ -94,12 +98,13 @@ def c_docstrings() -> Iterator[str]:
 
 
 def size_of(texts: list[str]) -> int:
-    """Bytes in UTF-8."""
+    """Returns the bytes of texts in UTF-8."""
     return sum(len(text.encode()) for text in texts)
 
 
 def without_repeats(texts: list[str]) -> list[str]:
-    """Leave out each text of which at least half, counted in lines of 20 or more characters, stands in longer ones.
+    """Returns the texts without those of which at least half, counted in lines of 20 or more characters,
+    stands in longer ones.
 
     Documentation topics contain one another, and C modules repeat the docstrings of their Python twins.
     """
@@ -113,21 +118,26 @@ def without_repeats(texts: list[str]) -> list[str]:
 
 
 def split_by_hash(texts: list[str], val_bytes: int) -> tuple[list[str], list[str]]:
-    """Order texts by SHA-256; the first, until they hold val_bytes, are for validation, the rest for training."""
-    texts, count, size = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()), 0, 0
-    while count < len(texts) and size < val_bytes:
-        size += len(texts[count].encode())
+    """Order texts by SHA-256; the first, until they hold val_bytes, are for validation, the rest for
+    training.
+    """
+    ordered, count, size = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()), 0, 0
+    while count < len(ordered) and size < val_bytes:
+        size += len(ordered[count].encode())
         count += 1
-    if not 0 < count < len(texts):
+    if not 0 < count < len(ordered):
         raise RunError(
             f"--val-bytes {val_bytes}: must be more than 0 and leave some of the {size_of(texts):,} bytes "
             "to train on"
         )
-    return texts[:count], texts[count:]
+    return ordered[:count], ordered[count:]
 
 
 def train_tokenizer(texts: list[str]) -> bytes:
-    """A SentencePiece BPE model with FineWeb's special ids. What it decodes is what was encoded, whitespace included."""
+    """Returns a SentencePiece BPE model with FineWeb's special ids.
+
+    What it decodes is what was encoded, whitespace included.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -150,16 +160,18 @@ def train_tokenizer(texts: list[str]) -> bytes:
     return model.getvalue()
 
 
-def gather(say=print) -> list[str]:
-    """All documents, each text once. Raises RunError if this Python carries less than MIN_BYTES of text."""
+def gather(say: Callable[[str], None] = print) -> list[str]:
+    """Returns all documents, each text once.
+
+    Raises RunError if this Python carries less than MIN_BYTES of text.
+    """
     texts = []
     for kind, source in (
         ("module sources", module_sources),
         ("documentation topics", documentation_topics),
         ("modules' docstrings", c_docstrings),
     ):
-        # SentencePiece writes a space as U+2581, so that it cannot tell the two apart.
-        found = [text for text in source() if text.strip() and "\u2581" not in text]
+        found = [text for text in source() if text.strip() and SPACE not in text]
         say(
             f"found {len(found)} {kind}, {size_of(found):,} bytes"
             if found
@@ -169,13 +181,15 @@ def gather(say=print) -> list[str]:
     texts = without_repeats(texts)
     if size_of(texts) < MIN_BYTES:
         raise RunError(
-            f"Python {sys.version.split()[0]} carries {size_of(texts):,} bytes of text, fewer than {MIN_BYTES:,}; "
-            "install one that has the sources of its standard library"
+            f"Python {sys.version.split()[0]} carries {size_of(texts):,} bytes of text, "
+            f"fewer than {MIN_BYTES:,}; install one that has the sources of its standard library"
         )
     return texts
 
 
-def build(texts: list[str], folder: Path, val_bytes: int = VAL_BYTES, say=print) -> None:
+def build(
+    texts: list[str], folder: Path, val_bytes: int = VAL_BYTES, say: Callable[[str], None] = print
+) -> None:
     """Split texts, train the tokenizer and write FILES into folder."""
     val, train = split_by_hash(texts, val_bytes)
     model = train_tokenizer(train)
@@ -185,7 +199,8 @@ def build(texts: list[str], folder: Path, val_bytes: int = VAL_BYTES, say=print)
     for split, documents in (("val", val), ("train", train)):
         tokens, size = write_shards(documents, tokenizer, folder, split), size_of(documents)
         say(
-            f"{split}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens, {size / tokens:.3f} bytes per token"
+            f"{split}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens, "
+            f"{size / tokens:.3f} bytes per token"
         )
 
 
@@ -216,17 +231,16 @@ def demo_data(out: Path, val_bytes: int, force: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Build a small data set from text that comes with Python.")
+    """Build the data set."""
+    parser = Parser(description="Build a small data set from text that comes with Python.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer and the shards")
     parser.add_argument(
         "--val-bytes", type=int, default=VAL_BYTES, help="bytes of text for validation (%(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="build the data again even if they are there")
     args = parser.parse_args(argv)
-    try:
+    with ends_in_one_line():
         demo_data(args.out.resolve(), args.val_bytes, args.force)
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

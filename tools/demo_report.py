@@ -1,14 +1,13 @@
 """Say in a few lines what each stage of a demo run did to the score, and why.
 
-python tools/demo_report.py logs/demo.txt
+python -m tools.demo_report logs/demo.txt
 """
 
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from runlog import read_log  # noqa: E402
-from train_gpt import RunError  # noqa: E402
+from tools.common.cli import Parser, ends_in_one_line
+from tools.runlog import RunLog, read_log
+from train_gpt import FIELDS
 
 # stage: (what it is, is its change of val_bpb as it should be, what to say then, what to say otherwise)
 STAGES = {
@@ -51,29 +50,29 @@ STAGES = {
 }
 
 
-def report(log) -> list[str]:
-    """One line a stage: name, val_bpb, change against the stage before, seconds, explanation."""
+def report(log: RunLog) -> list[str]:
+    """Returns a line for each stage: name, val_bpb, change against the stage before, seconds, explanation."""
     lines, before = [], None
     for name, stage in log.stages.items():
         title, good, text, otherwise = STAGES[name]
         change = 0.0 if before is None else stage.val_bpb - before
         gain = "" if before is None else f"{round(change, 4) + 0.0:+.4f}"
-        lines.append(
-            f"{title:18} {stage.val_bpb:.4f} {gain:>8} {stage.seconds:6.1f} s   {text if good(change) else otherwise}"
-        )
+        why = text if good(change) else otherwise
+        lines.append(f"{title:18} {stage.val_bpb:.4f} {gain:>8} {stage.seconds:6.1f} s   {why}")
         before = stage.val_bpb
     return lines
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tools/demo_report.py logs/RUN_ID.txt")
-    try:
-        log = read_log(Path(sys.argv[1]))
-    except RunError as e:
-        sys.exit(f"error: {e}")
+def main(argv: list[str] | None = None) -> None:
+    """Report on a log."""
+    parser = Parser(description="Say what each stage of a run did to the score.")
+    parser.add_argument("log", type=Path, help="logs/RUN_ID.txt")
+    args = parser.parse_args(argv)
+    with ends_in_one_line():
+        log = read_log(args.log)
+    limit = FIELDS["ARTIFACT_LIMIT"].default
     print("\n".join(report(log)))
-    print(f"val_bpb {log.final.val_bpb:.4f}; the submission takes {log.bytes_total:,} of 16,000,000 bytes")
+    print(f"val_bpb {log.final.val_bpb:.4f}; the submission takes {log.bytes_total:,} of {limit:,} bytes")
 
 
 if __name__ == "__main__":

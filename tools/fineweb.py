@@ -1,11 +1,12 @@
-"""Download the published FineWeb shards and their tokenizer into the folders that train_gpt.py reads by default.
+"""Download the published FineWeb shards and their tokenizer into the folders that train_gpt.py reads by
+default.
 
-    python tools/fineweb.py                     # 80 training shards, all validation shards, the tokenizer
-    python tools/fineweb.py --train-shards 1    # enough for a trial run
+    python -m tools.fineweb                     # 80 training shards, all validation shards, the tokenizer
+    python -m tools.fineweb --train-shards 1    # enough for a trial run
 
-Needs `pip install huggingface_hub`, which takes a mirror from HF_ENDPOINT and a token from HF_TOKEN. A file gets its
-final name only when it is complete and valid, and is not downloaded again after that: to go on after an interruption,
-run the same command again.
+Needs `pip install huggingface_hub`, which takes a mirror from HF_ENDPOINT and a token from HF_TOKEN. A file
+gets its final name only when it is complete and valid, and is not downloaded again after that: to go on after
+an interruption, run the same command again.
 """
 
 import argparse
@@ -16,21 +17,24 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from train_gpt import RunError, open_shard  # noqa: E402
+from tools.common.cli import ROOT, Parser, ends_in_one_line
+from train_gpt import RunError, Shard
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 REMOTE = "datasets/"  # the repository's folder that is laid out like --out
 STAGING = ".download"  # beside the final files, so that giving a file its name is one rename
 
 
 @contextmanager
-def one_line_errors(action: str, endpoint: str):
+def one_line_errors(action: str, endpoint: str) -> Iterator[None]:
     """Turn whatever huggingface_hub raises (the types differ between its versions) into a RunError."""
     try:
         yield
@@ -40,7 +44,8 @@ def one_line_errors(action: str, endpoint: str):
 
 
 def choose_shards(paths: Iterable[str], variant: str) -> tuple[list[str], list[str]]:
-    """Return the (training, validation) shards of `variant` among the repository's `paths`, each in name order.
+    """Returns the (training, validation) shards of `variant` among the repository's `paths`, each in name
+    order.
 
     Raises RunError for an unknown variant and for one without validation shards.
     """
@@ -58,10 +63,11 @@ def choose_shards(paths: Iterable[str], variant: str) -> tuple[list[str], list[s
 
 
 def choose_tokenizer(paths: Iterable[str], variant: str, manifest: str) -> str:
-    """Return the SentencePiece model of `variant` among the repository's `paths`.
+    """Returns the SentencePiece model of `variant` among the repository's `paths`.
 
-    `manifest` is JSON text: the entry named like the data set decides, where it gives a .model file or the name of
-    an entry that does. Otherwise the file's own name does: fineweb_1024_bpe.model. Raises RunError if there is none.
+    `manifest` is JSON text: the entry named like the data set decides, where it gives a .model file or the
+    name of an entry that does. Otherwise the file's own name does: fineweb_1024_bpe.model. Raises RunError if
+    there is none.
     """
     entries = {}
     with suppress(ValueError):
@@ -81,8 +87,8 @@ def choose_tokenizer(paths: Iterable[str], variant: str, manifest: str) -> str:
     )
 
 
-def read_catalog(api, source: dict) -> tuple[dict[str, int], str, dict]:
-    """Return (size in bytes of each path, text of the manifest, source pinned to one commit).
+def read_catalog(api: "HfApi", source: dict) -> tuple[dict[str, int], str, dict]:
+    """Returns (size in bytes of each path, text of the manifest, source pinned to one commit).
 
     `source` holds repo_id, repo_type and revision. Raises RunError if the Hub does not answer.
     """
@@ -97,19 +103,19 @@ def read_catalog(api, source: dict) -> tuple[dict[str, int], str, dict]:
 
 
 def fault(path: Path, size: int) -> str:
-    """Return one line on what is wrong with the file, "" if it has `size` bytes and, being a shard, opens."""
+    """Returns a line on what is wrong with a file, "" if it has `size` bytes and, being a shard, opens."""
     found = path.stat().st_size if path.exists() else 0
     if found != size:
         return f"{path}: {found} bytes instead of {size}"
     try:
         if path.suffix == ".bin":
-            open_shard(path)
+            Shard(path)
     except RunError as error:
         return str(error)
     return ""
 
 
-def fetch(api, source: dict, remote: str, size: int, target: Path) -> None:
+def fetch(api: "HfApi", source: dict, remote: str, size: int, target: Path) -> None:
     """Download `remote` to `target`, which appears only once it is valid; a damaged file is tried once more.
 
     Raises RunError if the download fails or is damaged twice.
@@ -129,7 +135,9 @@ def fetch(api, source: dict, remote: str, size: int, target: Path) -> None:
     raise RunError(f"{target.name} from {api.endpoint} was damaged twice and is not kept: {damage}")
 
 
-def download(api, source: dict, variant: str, train_shards: int, out: Path) -> tuple[Path, int, int, int]:
+def download(
+    api: "HfApi", source: dict, variant: str, train_shards: int, out: Path
+) -> tuple[Path, int, int, int]:
     """Complete the folder `out`; return (tokenizer, number of training and of validation shards, bytes)."""
     sizes, manifest, source = read_catalog(api, source)
     train, val = choose_shards(sizes, variant)
@@ -168,10 +176,9 @@ def download(api, source: dict, variant: str, train_shards: int, out: Path) -> t
     return targets[tokenizer], len(train), len(val), sum(sizes[remote] for remote in targets)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> argparse.Namespace:
+    """Returns the arguments."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="sp1024", help="tokenization (default sp1024)")
     parser.add_argument(
         "--train-shards", type=int, default=80, metavar="N", help="the first N, or 0 (default 80)"
@@ -184,6 +191,12 @@ def main():
     args = parser.parse_args()
     if args.train_shards < 0:
         parser.error("--train-shards must be 0 or more")
+    return args
+
+
+def main() -> None:
+    """Download what the arguments ask for."""
+    args = parse_arguments()
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
@@ -192,9 +205,8 @@ def main():
     disable_progress_bars()
     source = {"repo_id": args.repo, "repo_type": "dataset", "revision": args.revision}
     try:
-        tokenizer, train, val, size = download(HfApi(), source, args.variant, args.train_shards, args.out)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+        with ends_in_one_line():
+            tokenizer, train, val, size = download(HfApi(), source, args.variant, args.train_shards, args.out)
     except KeyboardInterrupt:
         sys.exit("error: interrupted; running again resumes")
     folder = args.out / "datasets" / f"fineweb10B_{args.variant}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What to measure where there is a GPU, in this order. Tables, logs without their source, and figures as JSON go to
-# OUT_FOLDER (logs), named MACHINE_*; make README.md's table of them with tools/readme.py.
+# OUT_FOLDER (logs), named MACHINE_*; make README.md's table of them with `python -m tools.readme`.
 #
 #   CORPUS=folder TOKENIZER=fineweb_1024_bpe.model tools/gpu_checks.sh 1|2|3|4 [OUT_FOLDER [VARIANT ...]]
 #
@@ -40,7 +40,7 @@ trap 'rm -f "$figures"' EXIT
 
 make_data() {
     cp "$tokenizer" "$TOKENIZER_PATH"
-    [[ -e $data/fineweb_train_000000.bin ]] || "$python" tools/make_shards.py --tokenizer "$tokenizer" --out "$data" \
+    [[ -e $data/fineweb_train_000000.bin ]] || "$python" -m tools.make_shards --tokenizer "$tokenizer" --out "$data" \
         --val "$corpus/val.jsonl.xz" --train "$corpus/train.jsonl.xz"
     "$python" - "$data/fineweb_val_000000.bin" "$val_tokens" <<'END'
 import sys
@@ -69,7 +69,7 @@ bench() {
     local to=$out/${machine}_$1 what=${*:2}
     echo "== RECIPE=${RECIPE:-record} EVAL_MODE=${EVAL_MODE:-} EVAL_STRIDE=${EVAL_STRIDE:-64} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0} bench.py ${what%% --profile*}" |
         tee -a "$to.txt"
-    "$python" tools/bench.py "${@:2}" --shards --steps $steps --json "$figures" | tee -a "$to.txt" || return 1
+    "$python" -m tools.bench "${@:2}" --shards --steps $steps --json "$figures" | tee -a "$to.txt" || return 1
     cat "$figures" >> "$to.jsonl"
 }
 

@@ -1,46 +1,54 @@
-"""Run train_gpt.py and keep the weights as they are before they are rounded, for tools/quant_report.py.
+"""Run train_gpt.py and keep the weights as they are before they are rounded.
 
-    torchrun --standalone --nproc_per_node=2 tools/keep_weights.py FILE
+    torchrun --standalone --nproc_per_node=2 -m tools.keep_weights FILE
 
-The settings are train_gpt.py's. FILE is for torch.load(weights_only=True): settings and tokenizer as in the artifact, weights.
+The settings are train_gpt.py's. FILE, which tools.quant_report and tools.bench_eval read, is for
+torch.load(weights_only=True): settings and tokenizer as in the artifact, weights.
 """
 
-import io
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt as T  # noqa: E402
-
-
-@contextmanager
-def kept_at(path: Path) -> Iterator[None]:
-    """While active, train_gpt.py leaves its weights at path before it exports them."""
-    export = T.export
-
-    def keep_and_export(s, fingerprint: str, trainer: T.Trainer, *rest) -> bytes:
-        file, settings = io.BytesIO(), {name: T.show(getattr(s, name)) for name in T.NAMES}
-        torch.save(dict(settings=settings, tokenizer=fingerprint, weights=trainer.model.state_dict()), file)
-        T.write_atomically(path, file.getvalue())
-        return export(s, fingerprint, trainer, *rest)
-
-    T.export = keep_and_export
-    try:
-        yield
-    finally:
-        T.export = export
+import train_gpt as T
+from tools.common.cli import Parser, check_folder_of, ends_in_one_line
+from tools.common.weights import write_weights
+from tools.run import HookGroup, make_hooks
 
 
-def main() -> int:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).parent.is_dir():
-        sys.exit("error: give one file, in a folder that is there, for the weights")
-    with kept_at(Path(sys.argv.pop())):
-        return T.main()
+class KeepWeights(T.Hooks):
+    """Writes the weights that training ends with to a file. The ranks' are the same; rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trainer: T.Trainer | None = None
+
+    def on_step(self, trainer: T.Trainer, last: bool) -> None:
+        """Know whose weights they will be."""
+        self.trainer = trainer
+
+    def on_stage(self, name: str, score: T.Score) -> None:
+        """Write them once the best average is chosen."""
+        if name == "averaged" and self.trainer is not None and T.rank() == 0:
+            s = self.trainer.s
+            _, fingerprint = T.load_tokenizer(s.tokenizer_path, s.vocab_size)
+            write_weights(self.path, s, fingerprint, self.trainer.model.state_dict())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program and keep its weights."""
+    parser = Parser(description="Run train_gpt.py and keep its weights as they are before they are rounded.")
+    parser.add_argument("file", type=Path, help="file for the weights")
+    args = parser.parse_args(argv)
+    with ends_in_one_line():
+        check_folder_of(args.file)
+        s, device = T.parse_settings(os.environ), T.start_processes()
+        hooks = HookGroup([*make_hooks(s).hooks, KeepWeights(args.file)])
+        try:
+            T.execute(T.Run(s, device, hooks, T.Log(hooks)))
+        except Exception as e:
+            hooks.on_error(e)
+            raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,37 +1,42 @@
 """Turn text into token shards for train_gpt.py.
 
-    python tools/make_shards.py --tokenizer tokenizer.model --out data/mine --val val.jsonl --train a.jsonl.xz b.jsonl.xz
+    python -m tools.make_shards --tokenizer T.model --out data/mine --val val.jsonl --train a.jsonl.xz b.txt
 
-A .txt file is one document; a .jsonl file has one document a line, under "text"; both may be compressed as .xz. Files
-are streamed, so they may be larger than memory, but no document may exceed MAX_DOCUMENT_BYTES. Every document is led by
-the BOS id. Shards cut the token stream wherever they are full, and appear together once all of them are complete.
+A .txt file is one document; a .jsonl file has one document a line, under "text"; both may be compressed as
+.xz. Files are streamed, so they may be larger than memory, but no document may exceed MAX_DOCUMENT_BYTES.
+Every document is led by the BOS id. Shards cut the token stream wherever they are full, and appear together
+once all of them are complete.
 """
 
 import argparse
 import json
 import lzma
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, RunError, write_atomically  # noqa: E402
+from tools.common.cli import Parser, ends_in_one_line
+from tools.common.shards import write_shard
+from train_gpt import RunError
 
 SPLITS = ("val", "train")
 SHARD_TOKENS = 100_000_000
-MAX_SHARD_TOKENS, MAX_VOCAB_SIZE = 2**31 - 1, 2**16  # the header's count is an int32, tokens are uint16
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+MAX_VOCAB_SIZE = 2**16  # tokens are uint16
 MAX_DOCUMENT_BYTES = 2**26
 BATCH_CHARS = 2**22  # encoded at once, by all cores
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Raises RunError for a missing or broken file, a vocabulary that uint16 cannot hold, or one without BOS."""
+    """Returns the tokenizer.
+
+    Raises RunError for a missing or broken file, more tokens than uint16 holds, or no BOS.
+    """
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
@@ -47,7 +52,7 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def parse_record(line: bytes) -> str:
-    """The "text" of one line of a .jsonl file. Raises ValueError saying what the line is not."""
+    """Returns the "text" of one line of a .jsonl file. Raises ValueError saying what the line is not."""
     try:
         return json.loads(line.decode())["text"].encode().decode()
     except UnicodeError:
@@ -57,16 +62,18 @@ def parse_record(line: bytes) -> str:
 
 
 def read_file(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield each document that is not empty, with the number of bytes read so far of the file as it lies on disk.
+    """Yield each document that is not empty, with the number of bytes read so far of the file as it lies on
+    disk.
 
     Raises RunError for damaged xz data, text that is not UTF-8, a bad line, and a document that is too long.
     """
     with open(path, "rb") as file:
-        stream = lzma.open(file) if path.suffix == ".xz" else file
+        stream = lzma.open(file) if path.suffix == ".xz" else file  # noqa: SIM115 (closes nothing but `file`)
         is_text = path.name.endswith((".txt", ".txt.xz"))
         read, decode = (stream.read, bytes.decode) if is_text else (stream.readline, parse_record)
+        number = 0
         try:
-            for number, data in enumerate(iter(lambda: read(MAX_DOCUMENT_BYTES + 1), b""), start=1):
+            for number, data in enumerate(iter(lambda: read(MAX_DOCUMENT_BYTES + 1), b""), start=1):  # noqa: B007 (for the error)
                 if len(data) > MAX_DOCUMENT_BYTES:
                     raise ValueError(f"a document of more than {MAX_DOCUMENT_BYTES:,} bytes; divide it")
                 if data.strip() and (text := decode(data)):
@@ -79,9 +86,11 @@ def read_file(path: Path) -> Iterator[tuple[str, int]]:
 
 
 class Progress:
-    """Says every few seconds how far a split is, how fast the files on disk are read, and how long it will still take."""
+    """Says every few seconds how far a split is, how fast the files on disk are read, and how long it will
+    still take.
+    """
 
-    def __init__(self, split: str, paths: list[Path], every: float = 5.0):
+    def __init__(self, split: str, paths: list[Path], every: float = 5.0) -> None:
         self.split, self.paths, self.every = split, paths, every
         self.total_bytes = sum(path.stat().st_size for path in paths)
         self.bytes_read = 0
@@ -96,6 +105,7 @@ class Progress:
                 yield text
 
     def __call__(self, documents: int, tokens: int) -> None:
+        """Tell it, if it is time."""
         now = time.perf_counter()
         if now - self.last >= self.every:
             self.last, seconds = now, now - self.start
@@ -108,7 +118,7 @@ class Progress:
 
 
 def take(documents: Iterator[str], chars: int) -> list[str]:
-    """The next documents, until they hold that many characters or there are no more."""
+    """Returns the next documents, until they hold that many characters or there are no more."""
     batch = []
     while chars > 0 and (text := next(documents, None)) is not None:
         batch.append(text)
@@ -116,10 +126,14 @@ def take(documents: Iterator[str], chars: int) -> list[str]:
     return batch
 
 
-def encode(documents: Iterable[str], tokenizer, progress) -> Iterator[np.ndarray]:
+def encode(
+    documents: Iterable[str],
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    progress: Callable[[int, int], None],
+) -> Iterator[np.ndarray]:
     """Yield the tokens of batch after batch as uint16, each document led by BOS."""
-    documents, documents_done, tokens_done = iter(documents), 0, 0
-    while batch := take(documents, BATCH_CHARS):
+    left, documents_done, tokens_done = iter(documents), 0, 0
+    while batch := take(left, BATCH_CHARS):
         encoded = tokenizer.encode(batch, add_bos=True, num_threads=os.cpu_count())
         yield np.concatenate([np.array(ids, np.uint16) for ids in encoded])
         documents_done += len(batch)
@@ -128,7 +142,9 @@ def encode(documents: Iterable[str], tokenizer, progress) -> Iterator[np.ndarray
 
 
 def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Yield the concatenation of arrays in pieces of the given length; the last may be shorter, none is empty."""
+    """Yield the concatenation of arrays in pieces of the given length; the last may be shorter, none is
+    empty.
+    """
     held = np.empty(0, np.uint16)
     for array in arrays:
         held = np.concatenate([held, array])
@@ -141,22 +157,20 @@ def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
 
 def write_shards(
     documents: Iterable[str],
-    tokenizer,
+    tokenizer: sentencepiece.SentencePieceProcessor,
     out_dir: Path,
     split: str,
     shard_tokens: int = SHARD_TOKENS,
-    progress=lambda documents, tokens: None,
+    progress: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> int:
-    """Write out_dir/fineweb_SPLIT_%06d.bin with at most shard_tokens tokens each, and return the number of tokens.
+    """Write out_dir/fineweb_SPLIT_%06d.bin with at most shard_tokens tokens each, and return the number of
+    tokens.
 
     progress(documents, tokens) hears of every batch. Raises RunError if there are no documents.
     """
     total = 0
     for index, tokens in enumerate(cut(encode(documents, tokenizer, progress), shard_tokens)):
-        header = np.zeros(SHARD_HEADER_INTS, "<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-        path = Path(out_dir) / f"fineweb_{split}_{index:06d}.bin"
-        write_atomically(path, header.tobytes() + tokens.astype("<u2", copy=False).tobytes())
+        write_shard(Path(out_dir) / f"fineweb_{split}_{index:06d}.bin", tokens)
         total += len(tokens)
     if not total:
         raise RunError(f"{split}: the input holds no text")
@@ -164,11 +178,12 @@ def write_shards(
 
 
 def find_shards(folder: Path) -> list[Path]:
+    """Returns the shards in a folder."""
     return [path for split in SPLITS for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises RunError for what would otherwise fail only after some work, or mix data that has to stay apart."""
+    """Raises RunError for what would fail only after some work, or mix data that has to stay apart."""
     for path in args.val + args.train:
         if not path.is_file():
             raise RunError(f"{path}: no such file")
@@ -185,11 +200,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def make_shards(args: argparse.Namespace) -> None:
+    """Do what the arguments say. Raises RunError, OSError."""
     check_arguments(args)
     tokenizer = load_tokenizer(args.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=args.out) as unfinished:
-        for split, paths in zip(SPLITS, (args.val, args.train)):
+        for split, paths in zip(SPLITS, (args.val, args.train), strict=True):
             progress = Progress(split, paths)
             tokens = write_shards(
                 progress.documents(), tokenizer, unfinished, split, args.shard_tokens, progress
@@ -203,7 +219,8 @@ def make_shards(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Turn text into token shards for train_gpt.py.")
+    """Turn text into shards."""
+    parser = Parser(description="Turn text into token shards for train_gpt.py.")
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--val", type=Path, nargs="+", required=True, metavar="FILE", help="validation text")
@@ -212,10 +229,9 @@ def main(argv: list[str] | None = None) -> None:
         "--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in a shard (%(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="replace the shards in the folder")
-    try:
-        make_shards(parser.parse_args(argv))
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
+    args = parser.parse_args(argv)
+    with ends_in_one_line():
+        make_shards(args)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,31 @@
-"""Draw one or several runs: loss, learning rate, scores, test-time training, and where the seconds and the bytes went.
+"""Draw one or several runs: loss, learning rate, scores, TTT, and where the seconds and the bytes went.
 
-    python tools/plot.py logs/RUN_A.txt logs/RUN_B.txt --out runs.png
+    python -m tools.plot logs/RUN_A.txt logs/RUN_B.txt --out runs.png
 
-Takes what tools/runlog.py reads, also logs of the challenge's scripts and runs that go on. What a log does not tell is left
-out, and the panel says of which log. The same logs make the same file.
+Takes what tools.runlog reads, also logs of the challenge's scripts and runs that go on. What a log does not
+tell is left out, and the panel says of which log. The same logs make the same file.
 """
 
-import argparse
 import io
 import math
-import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from runlog import SCORED_STAGES, latest, read_events  # noqa: E402
-from train_gpt import FIELDS, RunError, write_atomically  # noqa: E402
+from tools.common.cli import Parser, ends_in_one_line
+from tools.runlog import SCORED_STAGES, latest, read_events
+from train_gpt import FIELDS, RunError, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LIMIT_SECONDS = 600  # of training with averages and calibration, and of scoring
 LIMIT_BYTES = FIELDS["ARTIFACT_LIMIT"].default
 STAGES = ["trained", "averaged", "roundtrip", "sliding", "streaming", "TTT"]
-# The colours of M. Okabe and K. Ito, which colour-blind people can tell apart; line, marker and hatch do so in grey print.
+# The colours of M. Okabe and K. Ito, which colour-blind people can tell apart; line, marker and hatch do so
+# in grey print
 LOOKS = [
     ("#0072B2", "-", "o"),
     ("#D55E00", "--", "s"),
@@ -73,12 +76,15 @@ def known(values: np.ndarray) -> np.ndarray:
 
 
 def curves(events: list[dict]) -> dict:
-    """What is drawn of a run; what its events do not tell is empty. Arrays have a row for each point:
-    loss_by_time (training seconds, nats per token), loss_by_tokens (tokens, nats per token), multiplier (step, share of the
-    peak learning rate), validations (step, bits per byte), ttt (share of the text scored, bits per byte so far). Dicts:
-    moments (steps at which SWA and QAT began), scores (bits per byte after each stage), training, scoring and outside (seconds
-    in each part; outside is in no limit), size (bytes in each part). steps: the last one told of. without_ttt: bits per byte
-    of the stage before TTT."""
+    """What is drawn of a run; what its events do not tell is empty.
+
+    Arrays have a row for each point: loss_by_time (training seconds, nats per token), loss_by_tokens (tokens,
+    nats per token), multiplier (step, share of the peak learning rate), validations (step, bits per byte),
+    ttt (share of the text scored, bits per byte so far). Dicts: moments (steps at which SWA and QAT began),
+    scores (bits per byte after each stage), training, scoring and outside (seconds in each part; outside is
+    in no limit), size (bytes in each part). steps: the last one told of. without_ttt: bits per byte of the
+    stage before TTT.
+    """
     settings = latest(events, "settings").get("settings", {})
     batch = settings.get("TRAIN_BATCH_TOKENS", "")
     step, seconds, loss, multiplier = table(
@@ -105,25 +111,25 @@ def curves(events: list[dict]) -> dict:
         times = np.concatenate([table(events, kind, "train_time") for kind in ("step", "validation")])
         steps = max(known(times)[:, 0], default=0)
     took = {title: stage.get("eval_time") for title, stage in stages.items()}
-    parts = dict(
-        training={
+    parts = {
+        "training": {
             "steps": steps,
             "averages, calibration": (trained.get("with_calibration") or steps) - steps,
         },
-        scoring={title: ms for title, ms in took.items() if title != "averaged"},
-        outside={
+        "scoring": {title: ms for title, ms in took.items() if title != "averaged"},
+        "outside": {
             "warm-up": 1000 * latest(events, "warm_up").get("took", 0),
             "score of averaged": took.get("averaged"),
             "quantizing": 1000 * latest(events, "quantized").get("took", 0),
             "compiling": 1000 * latest(events, "compiled").get("took", 0),
         },
-    )
+    }
 
     size = latest(events, "size")
     artifact, side = size.get("artifact_bytes"), size.get("side_bytes")
     code = size.get("code_bytes", latest(events, "settings").get("code_bytes"))
     if artifact is None or code is None:
-        whole = {"code and artifact": size.get("total_bytes")}
+        whole = {"code and artifact": size.get("total")}
     else:
         whole = {"code": code} | (
             {"artifact": artifact}
@@ -150,13 +156,14 @@ def curves(events: list[dict]) -> dict:
 
 
 def is_empty(run: dict) -> bool:
+    """Returns whether there is nothing to draw of a run."""
     return not (
         run["scores"]
         or any(len(run[name]) for name in ("loss_by_time", "loss_by_tokens", "validations", "ttt"))
     )
 
 
-def finish(axes, title: str, x: str, y: str, unknown: list[str], count: int) -> None:
+def finish(axes: "Axes", title: str, x: str, y: str, unknown: list[str], count: int) -> None:
     """Titles and units, and the logs of `count` that do not tell what the panel is about."""
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_ylabel(y)
@@ -180,10 +187,11 @@ def finish(axes, title: str, x: str, y: str, unknown: list[str], count: int) -> 
             axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def draw_lines(axes, runs: dict[str, dict], key: str, x_unit: float = 1) -> list[str]:
-    """A curve for each run, whose first twentieth, which is steep, may leave the panel; returns the names of those that have
-    none."""
-    for (colour, line, marker), run in zip(LOOKS, runs.values()):
+def draw_lines(axes: "Axes", runs: dict[str, dict], key: str, x_unit: float = 1) -> list[str]:
+    """A curve for each run, whose first twentieth, which is steep, may leave the panel; returns the names of
+    those that have none.
+    """
+    for (colour, line, marker), run in zip(LOOKS, runs.values(), strict=False):
         x, y = run[key].T
         axes.plot(
             x / x_unit,
@@ -204,12 +212,14 @@ def draw_lines(axes, runs: dict[str, dict], key: str, x_unit: float = 1) -> list
     return [name for name, run in runs.items() if not len(run[key])]
 
 
-def draw_multiplier(axes, runs: dict[str, dict]) -> None:
-    """The learning rates, with SWA's beginning as a triangle and QAT's as a square: on the curve, or at 0 without one."""
+def draw_multiplier(axes: "Axes", runs: dict[str, dict]) -> None:
+    """The learning rates, with SWA's beginning as a triangle and QAT's as a square: on the curve, or at 0
+    without one.
+    """
     from matplotlib.lines import Line2D
 
     unknown = [name for name, run in runs.items() if not len(run["multiplier"]) and not run["moments"]]
-    for (colour, line, _), run in zip(LOOKS, runs.values()):
+    for (colour, line, _), run in zip(LOOKS, runs.values(), strict=False):
         axes.plot(*run["multiplier"].T, linestyle=line, color=colour, linewidth=1.4)
         for name, shape in (("SWA", "^"), ("QAT", "s")):
             if name in run["moments"]:
@@ -254,11 +264,13 @@ def draw_multiplier(axes, runs: dict[str, dict]) -> None:
     )
 
 
-def draw_scores(axes, runs: dict[str, dict]) -> None:
-    """A point for each stage that a run has, side by side where runs share it; of up to four, with its value upright above."""
+def draw_scores(axes: "Axes", runs: dict[str, dict]) -> None:
+    """A point for each stage that a run has, side by side where runs share it; of up to four, with its value
+    upright above.
+    """
     titles = {title: None for run in runs.values() for title in run["scores"]}
     titles = sorted(titles, key=lambda title: STAGES.index(title) if title in STAGES else 2.5)
-    for i, ((colour, line, marker), run) in enumerate(zip(LOOKS, runs.values())):
+    for i, ((colour, line, marker), run) in enumerate(zip(LOOKS, runs.values(), strict=False)):
         shift = (i - (len(runs) - 1) / 2) * 0.7 / len(runs)
         points = [(titles.index(title) + shift, bpb) for title, bpb in run["scores"].items()]
         axes.plot(
@@ -274,7 +286,7 @@ def draw_scores(axes, runs: dict[str, dict]) -> None:
                 va="bottom",
                 rotation=90,
                 fontsize=8,
-                bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.5),
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
     if titles:
         low, high = (f(bpb for run in runs.values() for bpb in run["scores"].values()) for f in (min, max))
@@ -295,14 +307,14 @@ def draw_scores(axes, runs: dict[str, dict]) -> None:
     )
 
 
-def draw_ttt(axes, runs: dict[str, dict]) -> None:
+def draw_ttt(axes: "Axes", runs: dict[str, dict]) -> None:
     """Running scores, and as dotted lines the score of the stage before."""
     from matplotlib.lines import Line2D
 
     unknown = draw_lines(axes, runs, "ttt", 0.01)
     without = [
         (look[0], run["without_ttt"])
-        for look, run in zip(LOOKS, runs.values())
+        for look, run in zip(LOOKS, runs.values(), strict=False)
         if len(run["ttt"]) and run["without_ttt"] is not None
     ]
     for colour, bpb in without:
@@ -329,15 +341,27 @@ def draw_ttt(axes, runs: dict[str, dict]) -> None:
 
 
 def draw_bars(
-    axes, key, rows: list[tuple[str, dict]], limits: list[float], unit: float, number: str, columns: int
+    axes: "Axes",
+    key: "Axes",
+    rows: list[tuple[str, dict]],
+    limits: list[float],
+    unit: float,
+    number: str,
+    columns: int,
 ) -> None:
-    """Stacked bars (title, amount of each part), one below the other, filled up with what is free of the row's limit. Wide
-    parts show their amount, and the axes `key` say in `columns` which is which, with the amounts if they are of one run."""
+    """Stacked bars (title, amount of each part), one below the other, filled up with what is free of the
+    row's limit. Wide parts show their amount, and the axes `key` say in `columns` which is which, with the
+    amounts if they are of one run.
+    """
     from matplotlib.patches import Patch
 
     used, amounts = {}, {}
-    right = 1.02 * max(max(sum(parts.values()), limit) for (_, parts), limit in zip(rows, limits)) / unit
-    for i, ((_, parts), limit) in enumerate(zip(rows, limits)):
+    right = (
+        1.02
+        * max(max(sum(parts.values()), limit) for (_, parts), limit in zip(rows, limits, strict=False))
+        / unit
+    )
+    for i, ((_, parts), limit) in enumerate(zip(rows, limits, strict=False)):
         left, free = 0, limit - sum(parts.values())
         for part, amount in (parts | ({"free": free} if free > 0 and parts else {})).items():
             colour, hatch = used[part] = PARTS.get(part, ("#999999", "++++"))
@@ -360,7 +384,7 @@ def draw_bars(
                     ha="center",
                     va="center",
                     fontsize=8,
-                    bbox=dict(facecolor="white", edgecolor="none", pad=1.2),
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
                 )
             left += amount
     axes.set(
@@ -395,7 +419,7 @@ def draw(runs: dict[str, dict]) -> bytes:
     figure = Figure(figsize=(14, 8.8 + 0.8 * count), layout="constrained")
     grid = figure.add_gridspec(4, 12, height_ratios=[3.2, 3.2, 0.8 + 0.8 * count, 0.9])
     short = [name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}" for name in runs]
-    runs = dict(zip(short if len({*short}) == count else runs, runs.values()))
+    runs = dict(zip(short if len({*short}) == count else runs, runs.values(), strict=False))
 
     axes = figure.add_subplot(grid[0, :4])
     finish(
@@ -478,7 +502,10 @@ def draw(runs: dict[str, dict]) -> bytes:
         for run in runs.values()
     ]
     figure.legend(
-        handles, [name + score for name, score in zip(runs, last)], loc="outside upper center", ncols=3
+        handles,
+        [name + score for name, score in zip(runs, last, strict=False)],
+        loc="outside upper center",
+        ncols=3,
     )
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -504,7 +531,7 @@ def plot(paths: list[Path], out: Path) -> int:
     runs = {
         str(path) if stems.count(path.stem) > 1 else path.stem: curves(read_events(path)) for path in paths
     }
-    for path, run in zip(paths, runs.values()):
+    for path, run in zip(paths, runs.values(), strict=False):
         if is_empty(run):
             raise RunError(f"{path}: nothing to plot: it has no step with a loss and no score")
     if len(runs) < len(paths):
@@ -515,18 +542,17 @@ def plot(paths: list[Path], out: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw one or several runs.")
+    """Draw the runs of the arguments."""
+    parser = Parser(description="Draw one or several runs.")
     parser.add_argument(
         "logs", type=Path, nargs="+", help="logs/RUN_ID.txt or .jsonl, or a log of the challenge's scripts"
     )
     parser.add_argument("--out", type=Path, help="PNG to write (the first log's name, with .png)")
     args = parser.parse_args(argv)
-    try:
-        args.out = args.out or args.logs[0].with_suffix(".png")
-        size = plot(args.logs, args.out)
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
-    print(f"wrote {args.out}, {size / 1000:.0f} kB")
+    with ends_in_one_line():
+        out = args.out or args.logs[0].with_suffix(".png")
+        size = plot(args.logs, out)
+        print(f"wrote {out}, {size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -1,88 +1,57 @@
-"""Write the generated parts of README.md: the table of settings, that of the demo from logs/demo.txt, that of speed from what
-tools/bench.py left in logs/*.jsonl, that of quantizers from logs/quantizers.json by tools/quant_report.py, and that of ways to
-score from logs/bench_eval.json by tools/bench_eval.py.
+"""Write the generated parts of README.md.
 
-    python tools/readme.py           # after a change of a setting, after `make demo` or tools/gpu_checks.sh
-    python tools/readme.py --check   # change nothing; fail if README.md is not up to date
+    python -m tools.readme           # after a change of a setting, after `make demo` or tools/gpu_checks.sh
+    python -m tools.readme --check   # change nothing; fail if README.md is not up to date
 
-A part stands between the lines `<!-- generated: settings -->`, or demo, speed, quantizers or scoring, and `<!-- end -->`.
+They are the table of settings, that of the demo from logs/demo.txt, that of speed from what tools.bench left
+in logs/*.jsonl, that of quantizers from logs/quantizers.json by tools.quant_report, and that of ways to score
+from logs/bench_eval.json by tools.bench_eval.
+
+A part stands between the lines `<!-- generated: settings -->`, or demo, speed, quantizers or scoring, and
+`<!-- end -->`.
 """
 
-import argparse
 import json
 import os
 import re
-import statistics
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from runlog import RunLog, read_log  # noqa: E402
-from train_gpt import FIELDS, RunError, allowed, show, write_atomically  # noqa: E402
+from tools.bench_eval import scoring_report
+from tools.common.cli import ROOT, Parser, ends_in_one_line
+from tools.common.tables import code, table
+from tools.runlog import RunLog, read_log
+from train_gpt import FIELDS, RunError, allowed, show, write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
-GROUPS = dict(
-    DATA_PATH="data",
-    RUN_ID="run",
-    NUM_LAYERS="model",
-    MATRIX_LR="optimizer",
-    EMA_ENABLED="averaging, QAT",
-    EVAL_SEQ_LEN="evaluation",
-    TTT_ENABLED="test-time training",
-)  # first settings of groups, and their titles
 NOT_MEASURED = "not measured"
-AVERAGES = dict(raw="raw: the last step's", ema="EMA", swa="SWA")
-
-
-def table(header: list[str], rows: list[list[str]], right: int = 0) -> str:
-    """A Markdown table with columns of even width; the last `right` ones are aligned to the right."""
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in [header, *rows]]
-    widths = [max(3, *map(len, column)) for column in zip(*cells)]
-    left = len(header) - right
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        + " |"
-        for row in cells
-    ]
-    rule = "|".join(
-        "-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)
-    )
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-def code(text: str) -> str:
-    """Set names of settings and files as code: words with an underscore, and with capitals or a dot."""
-    return re.sub(r"(?=[\w/=*{},]*[A-Z.])[\w/]*_[\w/.=*{},]*[\w}]", r"`\g<0>`", text)
+AVERAGES = {"raw": "raw: the last step's", "ema": "EMA", "swa": "SWA"}
 
 
 def settings_part() -> str:
-    """What --help says, as a table for each group."""
-    groups = {}
+    """Returns what --help says, as a table for each group."""
+    groups: dict[str, list[list[str]]] = {}
     for name, f in FIELDS.items():
-        group = groups.setdefault(GROUPS[name], []) if name in GROUPS else group
-        default = show(f.default)
-        group.append([f"`{name}`", f"`{default}`" if default else "empty", allowed(f), code(f.help)])
-    return "\n\n".join(
-        f"**{title[0].upper()}{title[1:]}**\n\n" + table(["setting", "default", "allowed", "meaning"], rows)
-        for title, rows in groups.items()
-    )
+        if f.metadata["group"]:
+            rows = groups.setdefault(f.metadata["group"], [])
+        default = f"`{show(f.default)}`" if show(f.default) else "empty"
+        rows.append([f"`{name}`", default, allowed(f), code(f.metadata["help"])])
+    header = ["setting", "default", "allowed", "meaning"]
+    return "\n\n".join(f"**{title}**\n\n{table(header, rows)}" for title, rows in groups.items())
 
 
 def demo_part(log: RunLog) -> str:
-    """The scores of a run stage by stage. Changes are differences of the rounded scores, so that the columns agree."""
+    """The scores of a run stage by stage.
+
+    Changes are differences of the rounded scores, so that the columns agree.
+    """
     s, training = log.settings, log.stages["training"]
-    titles = dict(
-        training="end of training",
-        averaged=f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
-        roundtrip="artifact, read back",
-        sliding=f"sliding windows, stride {s['EVAL_STRIDE']}",
-        streaming="streaming, each position once",
-        ttt="score-first TTT",
-    )
+    titles = {
+        "training": "end of training",
+        "averaged": f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
+        "roundtrip": "artifact, read back",
+        "sliding": f"sliding windows, stride {s['EVAL_STRIDE']}",
+        "streaming": "streaming, each position once",
+        "ttt": "score-first TTT",
+    }
     rows, before = [], None
     for name, stage in log.stages.items():
         bpb = round(stage.val_bpb, 4)
@@ -100,19 +69,16 @@ def demo_part(log: RunLog) -> str:
     tokens = int(s["TRAIN_BATCH_TOKENS"])
     speed = f" at {log.steps * tokens / training.seconds:,.0f} tokens per second" if training.seconds else ""
     header = ["stage", "val_bpb", "change", "seconds", "peak memory (MiB)"]
-    return (
-        table(header, rows, right=4)
-        + "\n\n"
-        + "\n".join(
-            [
-                f"{log.steps:,} steps of {tokens:,} tokens{speed}, on {log.hardware}, torch {log.torch}, Python {log.python}.",
-                f"The model has {log.parameters:,} parameters; the submission takes {log.bytes_total:,} bytes, {log.bytes_code:,} "
-                "of them code.",
-                "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the averages;",
-                "peak memory is the first process's since its start.",
-            ]
-        )
-    )
+    where = f"{log.hardware}, torch {log.torch}, Python {log.python}"
+    size = f"{log.bytes_total:,} bytes, {log.bytes_code:,} of them code"
+    notes = [
+        f"{log.steps:,} steps of {tokens:,} tokens{speed}, on {where}.",
+        f"The model has {log.parameters:,} parameters; the submission takes {size}.",
+        "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the "
+        "averages;",
+        "peak memory is the first process's since its start.",
+    ]
+    return table(header, rows, right=4) + "\n\n" + "\n".join(notes)
 
 
 def bench_results(folder: Path) -> list[dict]:
@@ -126,14 +92,14 @@ def bench_results(folder: Path) -> list[dict]:
                     break  # the events of a run
                 results += [found] if speed_row(found) or found["bench"] else []
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise RunError(
-                    f"{path}, line {number}: no figures of tools/bench.py; measure again"
-                ) from None
+                raise RunError(f"{path}, line {number}: no figures of tools.bench; measure again") from None
     return results
 
 
 def speed_row(found: dict) -> tuple[str, str] | None:
-    """Machine and attention kernel, if the figures are for the table: of training, scoring or TTT at the record's size."""
+    """Machine and attention kernel, if the figures are for the table: of training, scoring or TTT at the
+    record's size.
+    """
     where = {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "RUN_ID", "WARMUP_STEPS", "MICRO_BATCH_TOKENS"}
     if found["settings"].keys() - where or found["bench"] not in ("train", "score", "ttt"):
         return None
@@ -179,7 +145,7 @@ def speed_part(results: list[dict]) -> str:
 
 
 def quantizers_part(path: Path) -> str:
-    """Loss against bytes, from the figures of tools/quant_report.py. Raises RunError, OSError."""
+    """Loss against bytes, from the figures of tools.quant_report. Raises RunError, OSError."""
     try:
         found = json.loads(path.read_text("utf-8"))
         rows, best, group = [], [], []
@@ -213,56 +179,32 @@ def quantizers_part(path: Path) -> str:
                     right=4,
                 ),
                 "",
-                f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is {found['loss']:.4f}. Where it "
-                f"loses as much (by KL), `gptq+ans` takes {' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`.",
+                f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is "
+                f"{found['loss']:.4f}. Where it loses as much (by KL), `gptq+ans` takes "
+                f"{' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`.",
             ]
         )
     except (ValueError, KeyError, TypeError) as e:
-        raise RunError(f"{path}: no figures of tools/quant_report.py ({e}); measure again") from None
+        raise RunError(f"{path}: no figures of tools.quant_report ({e}); measure again") from None
 
 
 def scoring_part(path: Path) -> str:
-    """Ways to score side by side, from the figures of tools/bench_eval.py. Raises RunError, OSError."""
+    """Ways to score side by side, from the figures of tools.bench_eval. Raises RunError, OSError."""
     try:
         return scoring_report(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, IndexError) as e:
-        raise RunError(f"{path}: no figures of tools/bench_eval.py ({e}); measure again") from None
-
-
-def scoring_report(found: dict) -> str:
-    """The table of tools/bench_eval.py; changes and speed are against the first row."""
-    first, rows = found["rows"][0], []
-    for row in found["rows"]:
-        seconds = statistics.median(row["seconds"])
-        rows.append(
-            [
-                row["mode"],
-                " ".join(f"`{word}`" for word in row["settings"].split()),
-                f"{row['val_bpb']:.5f}",
-                f"{row['val_bpb'] - first['val_bpb']:+.5f}",
-                f"{seconds:.1f}",
-                f"{row['tokens'] / seconds:,.0f}",
-                f"{statistics.median(first['seconds']) / seconds:.2f}",
-            ]
-        )
-    header = ["mode", "settings", "val_bpb", "change", "seconds", "tokens/s", "speed"]
-    times = len(first["seconds"])
-    return "\n".join(
-        [
-            table(header, rows, right=5),
-            "",
-            f"On {first['tokens']:,} tokens, {found['machine']}, torch "
-            f"{found['torch']}; seconds: {f'median of {times}, taking turns' if times > 1 else 'of one run'}.",
-        ]
-    )
+        raise RunError(f"{path}: no figures of tools.bench_eval ({e}); measure again") from None
 
 
 def replace_part(text: str, name: str, body: str, path: Path) -> str:
-    """Raises RunError unless the part's opening line is there once and an end follows it before another part opens."""
+    """Raises RunError unless the part's opening line is there once and an end follows it before another part
+    opens.
+    """
     opening = re.split(rf"^(<!-- generated: {name} -->\n)", text, flags=re.MULTILINE)
     if len(opening) != 3:
         raise RunError(
-            f"{path}: has the line `<!-- generated: {name} -->` {len(opening) // 2} times; it must have it once"
+            f"{path}: has the line `<!-- generated: {name} -->` {len(opening) // 2} times; "
+            "it must have it once"
         )
     end = re.search(r"^<!-- (end|generated: \w+) -->$", opening[2], re.MULTILINE)
     if not end or end[1] != "end":
@@ -273,62 +215,41 @@ def replace_part(text: str, name: str, body: str, path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the generated parts of README.md.")
+    """Write the parts."""
+    parser = Parser(description="Write the generated parts of README.md.")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; fail if the file is not up to date"
     )
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        default=Path(os.path.relpath(ROOT / "README.md")),
-        help="file to write (%(default)s)",
-    )
-    parser.add_argument(
-        "--log",
-        type=Path,
-        default=Path(os.path.relpath(ROOT / "logs/demo.txt")),
-        help="log of the demo (%(default)s)",
-    )
-    parser.add_argument(
-        "--bench",
-        type=Path,
-        default=Path(os.path.relpath(ROOT / "logs")),
-        help="folder of the figures of tools/bench.py (%(default)s)",
-    )
-    parser.add_argument(
-        "--quantizers",
-        type=Path,
-        default=Path(os.path.relpath(ROOT / "logs/quantizers.json")),
-        help="figures of tools/quant_report.py (%(default)s)",
-    )
-    parser.add_argument(
-        "--scoring",
-        type=Path,
-        default=Path(os.path.relpath(ROOT / "logs/bench_eval.json")),
-        help="figures of tools/bench_eval.py (%(default)s)",
-    )
+    for option, place, what in (
+        ("--readme", "README.md", "file to write"),
+        ("--log", "logs/demo.txt", "log of the demo"),
+        ("--bench", "logs", "folder of the figures of tools.bench"),
+        ("--quantizers", "logs/quantizers.json", "figures of tools.quant_report"),
+        ("--scoring", "logs/bench_eval.json", "figures of tools.bench_eval"),
+    ):
+        default = Path(os.path.relpath(ROOT / place))
+        parser.add_argument(option, type=Path, default=default, help=f"{what} (%(default)s)")
     args = parser.parse_args(argv)
-    try:
+    with ends_in_one_line():
         old = new = args.readme.read_text("utf-8")
         stale = []
-        for name, body in (
-            ("settings", settings_part()),
-            ("demo", demo_part(read_log(args.log))),
-            ("speed", speed_part(bench_results(args.bench))),
-            ("quantizers", quantizers_part(args.quantizers)),
-            ("scoring", scoring_part(args.scoring)),
-        ):
+        for name, body in {
+            "settings": settings_part(),
+            "demo": demo_part(read_log(args.log)),
+            "speed": speed_part(bench_results(args.bench)),
+            "quantizers": quantizers_part(args.quantizers),
+            "scoring": scoring_part(args.scoring),
+        }.items():
             before, new = new, replace_part(new, name, body, args.readme)
-            stale += [name] if new != before else []
+            if new != before:
+                stale.append(name)
         if args.check and stale:
             raise RunError(
-                f"{args.readme}: not up to date ({' and '.join(stale)}); run `python tools/readme.py`"
+                f"{args.readme}: not up to date ({' and '.join(stale)}); run `python -m tools.readme`"
             )
         if new != old:
             write_atomically(args.readme, new.encode())
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
-    print(f"{args.readme}: " + (f"wrote {' and '.join(stale)}" if stale else "up to date"))
+        print(f"{args.readme}: " + (f"wrote {' and '.join(stale)}" if stale else "up to date"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Check the logs of runs that differ in their seed, and write the folder of a submission from them, so that no figure in it
-is typed by hand.
+"""Check the logs of runs that differ in their seed, and write the folder of a submission from them, so that
+no figure in it is typed by hand.
 
-    python tools/submit.py logs/A.txt logs/B.txt logs/C.txt --name "Streaming TTT" --author "Ada L." --github-id ada
-    python tools/submit.py logs/demo.txt --non-record --only-json submission.json --name Demo --data "the demo's text"
+    python -m tools.submit logs/A.txt logs/B.txt logs/C.txt --name "My TTT" --author Ada --github-id ada
+    python -m tools.submit logs/demo.txt --non-record --only-json submission.json --name Demo
 
-The folder OUT/TRACK/DATE_NAME holds train_gpt.py (out of the logs), README.md, submission.json, requirements.txt and the
-logs. What is missing or over a limit is refused, unless --non-record is given: then README.md and submission.json state it.
+The folder OUT/TRACK/DATE_NAME holds train_gpt.py (out of the logs), README.md, submission.json,
+requirements.txt and the logs. What is missing or over a limit is refused, unless --non-record is given: then
+README.md and submission.json state it.
 """
 
 import argparse
@@ -16,18 +17,16 @@ import os
 import re
 import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from readme import table  # noqa: E402
-from runlog import RunLog, latest, read_log  # noqa: E402
-from train_gpt import FIELDS, RunError, write_atomically  # noqa: E402
+from tools.common.cli import ROOT, Parser, ends_in_one_line
+from tools.common.tables import table
+from tools.runlog import RunLog, latest, read_log
+from train_gpt import FIELDS, RunError, write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
 BYTES = FIELDS["ARTIFACT_LIMIT"].default  # of code and artifact
 SECONDS = 600  # of training with calibration, and again of scoring
 SEEDS = 3
@@ -36,6 +35,8 @@ USED = ["SEED", "DATA_PATH", "VOCAB_SIZE", "TRAIN_BATCH_TOKENS"]  # settings tha
 
 
 class Run(NamedTuple):
+    """A run to submit."""
+
     path: Path  # of the log
     log: RunLog
     audit: dict | None  # what logs/RUN_ID.audit.json holds, if it is there
@@ -47,7 +48,7 @@ def text_of(path: Path) -> Path:
 
 
 def read_run(path: Path) -> Run:
-    """The log at path and the audit beside it. Raises RunError."""
+    """Returns the log at path and the audit beside it. Raises RunError."""
     log, beside = read_log(path), path.with_suffix(".audit.json")
     if not log.source:
         raise RunError(f"{path}: the source is in the .txt of the run, which is not beside it")
@@ -74,18 +75,23 @@ def read_run(path: Path) -> Run:
     return Run(path, log, audit)
 
 
+def plural(count: int, what: str) -> str:
+    """Returns a number of things in words."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def is_place(name: str) -> bool:
-    """Whether a setting says where files are, not what was run."""
+    """Returns whether a setting says where files are, not what was run."""
     return name in ("RUN_ID", "RESUME") or name.endswith("_PATH")
 
 
 def settings_run(log: RunLog) -> dict[str, str]:
-    """All settings of a run but its seed and places."""
+    """Returns all settings of a run but its seed and places."""
     return {name: value for name, value in log.settings.items() if name != "SEED" and not is_place(name)}
 
 
 def faults(runs: list[Run]) -> list[str]:
-    """Why these logs are not of one submission; nothing excuses that."""
+    """Returns why these logs are not of one submission; nothing excuses that."""
     found, seeds = [], {}
     for path, log, audit in runs:
         first, first_log, _ = runs[0]
@@ -108,12 +114,13 @@ def faults(runs: list[Run]) -> list[str]:
             found.append(f"{path}: SEED={seed}, as in {seeds[seed]}")
         seeds.setdefault(seed, path)
         artifact = path.with_suffix(".bin")
-        actual = dict(code=log.source_sha256) | (
-            dict(artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()) if artifact.exists() else {}
+        actual = {"code": log.source_sha256} | (
+            {"artifact": hashlib.sha256(artifact.read_bytes()).hexdigest()} if artifact.exists() else {}
         )
         if audit:
             found += [
-                f"{path}: the audit beside it is of another {name} (SHA-256 {audit['hashes'].get(name)}, not {value})"
+                f"{path}: the audit beside it is of another {name} "
+                f"(SHA-256 {audit['hashes'].get(name)}, not {value})"
                 for name, value in actual.items()
                 if audit["hashes"].get(name) != value
             ]
@@ -121,14 +128,14 @@ def faults(runs: list[Run]) -> list[str]:
 
 
 def shortcomings(runs: list[Run], args: argparse.Namespace) -> list[str]:
-    """What keeps the runs from being a record."""
+    """Returns what keeps the runs from being a record."""
     found = [
         f"{option} is missing"
         for option, value in (("--author", args.author), ("--github-id", args.github_id))
         if not value
     ]
     if len(args.logs) < SEEDS:
-        found.append(f"{len(args.logs)} seed{'s'[: len(args.logs) > 1]}, where {SEEDS} or more are needed")
+        found.append(f"{plural(len(args.logs), 'seed')}, where {SEEDS} or more are needed")
     for path, log, audit in runs:
         figures = results(log)
         for what, value, limit, unit in (
@@ -138,8 +145,8 @@ def shortcomings(runs: list[Run], args: argparse.Namespace) -> list[str]:
         ):
             if value > limit:
                 found.append(
-                    f"{path.name}: {what} took {value:,}{unit}, {round(value - limit, 3):,} over the limit of "
-                    f"{limit:,}"
+                    f"{path.name}: {what} took {value:,}{unit}, {round(value - limit, 3):,} over the limit "
+                    f"of {limit:,}"
                 )
         if log.settings.get("AUDIT") == "1" and audit is None:
             found.append(f"{path.name}: AUDIT=1, but {path.stem}.audit.json is not beside it")
@@ -151,40 +158,40 @@ def shortcomings(runs: list[Run], args: argparse.Namespace) -> list[str]:
 
 
 def machine(log: RunLog) -> str:
-    """Hardware and versions in one line."""
+    """Returns hardware and versions in one line."""
     return f"{log.hardware}, attention: {log.attention}, torch {log.torch}, Python {log.python}"
 
 
 def validation_tokens(log: RunLog) -> int | None:
-    """How many there are, None if the log does not know."""
+    """Returns how many there are, None if the log does not know."""
     return latest(log.events, "data").get("validation_tokens")
 
 
 def results(log: RunLog) -> dict[str, float]:
-    """The figures of one run. val_loss is in nats per token."""
+    """Returns the figures of one run. val_loss is in nats per token."""
     training, averaged, *scored = log.stages.values()
-    return dict(
-        val_loss=round(log.final.val_loss, 8),
-        val_bpb=round(log.final.val_bpb, 8),
-        val_bpb_before_quantization=round(averaged.val_bpb, 8),
-        val_bpb_after_quantization=round(log.stages["roundtrip"].val_bpb, 8),
-        steps=log.steps,
-        ms_per_step=round(1000 * training.seconds / max(log.steps, 1), 3),
-        train_seconds=round(training.seconds + averaged.seconds, 3),
-        eval_seconds=round(
+    return {
+        "val_loss": round(log.final.val_loss, 8),
+        "val_bpb": round(log.final.val_bpb, 8),
+        "val_bpb_before_quantization": round(averaged.val_bpb, 8),
+        "val_bpb_after_quantization": round(log.stages["roundtrip"].val_bpb, 8),
+        "steps": log.steps,
+        "ms_per_step": round(1000 * training.seconds / max(log.steps, 1), 3),
+        "train_seconds": round(training.seconds + averaged.seconds, 3),
+        "eval_seconds": round(
             sum(stage.seconds for stage in scored) + latest(log.events, "compiled").get("took", 0), 3
         ),
-        bytes_total=log.bytes_total,
-    )
+        "bytes_total": log.bytes_total,
+    }
 
 
 def spread(values: list[float]) -> float | None:
-    """The sample standard deviation (n - 1 in the denominator), None for a single value."""
+    """Returns the sample standard deviation (n - 1 in the denominator), None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict:
-    """What submission.json holds of one or more runs, whose logs are found at `logs` from it."""
+    """Returns what submission.json holds of one or more runs, whose logs are found at `logs` from it."""
     log = runs[0].log
     figures = [results(run.log) for run in runs]
     losses, bpbs = ([figure[name] for figure in figures] for name in ("val_loss", "val_bpb"))
@@ -195,8 +202,8 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
         "github_id": args.github_id,
         "name": args.name,
         "blurb": args.blurb
-        or f"{steps} steps of {log.settings['TRAIN_BATCH_TOKENS']} tokens, weights quantized by "
-        f"{log.settings.get('QUANTIZER', 'gptq')} and entropy-coded, "
+        or f"{steps} steps of {log.settings['TRAIN_BATCH_TOKENS']} tokens, weights quantized by gptq and "
+        "entropy-coded, "
         + ("score-first test-time training" if last == "ttt" else f"{last} scoring"),
         "date": args.date,
         "track": args.track,
@@ -207,7 +214,8 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
         "val_bpb_std": spread(bpbs),
         "seeds": [int(run.log.settings["SEED"]) for run in runs],
         "seed_results": {
-            run.log.settings["SEED"]: figure | {"log": name} for run, figure, name in zip(runs, figures, logs)
+            run.log.settings["SEED"]: figure | {"log": name}
+            for run, figure, name in zip(runs, figures, logs, strict=False)
         },
         "bytes_total": max(run.log.bytes_total for run in runs),
         "bytes_code": log.bytes_code,
@@ -223,24 +231,24 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
 
 
 def command(settings: dict[str, str], seed: int, hardware: str) -> str:
-    """The line that runs train_gpt.py with these settings and this seed."""
+    """Returns the line that runs train_gpt.py with these settings and this seed."""
     words = [f"{name}={shlex.quote(value)}" for name, value in {"SEED": str(seed), **settings}.items()]
     return " ".join([*words, f"torchrun --standalone --nproc_per_node={hardware.split()[0]} train_gpt.py"])
 
 
 def readme_text(s: dict) -> str:
-    """README.md of the submission whose submission.json holds s."""
-    columns = dict(  # of seed_results; digits after the point in README.md
-        steps=("steps", 0),
-        ms_per_step=("ms a step", 2),
-        val_bpb_before_quantization=("val_bpb before quantization", 5),
-        val_bpb_after_quantization=("after", 5),
-        val_loss=("final val_loss", 5),
-        val_bpb=("final val_bpb", 5),
-        bytes_total=("bytes", 0),
-        train_seconds=("train s", 1),
-        eval_seconds=("eval s", 1),
-    )
+    """Returns README.md of the submission whose submission.json holds s."""
+    columns = {  # of seed_results; digits after the point in README.md
+        "steps": ("steps", 0),
+        "ms_per_step": ("ms a step", 2),
+        "val_bpb_before_quantization": ("val_bpb before quantization", 5),
+        "val_bpb_after_quantization": ("after", 5),
+        "val_loss": ("final val_loss", 5),
+        "val_bpb": ("final val_bpb", 5),
+        "bytes_total": ("bytes", 0),
+        "train_seconds": ("train s", 1),
+        "eval_seconds": ("eval s", 1),
+    }
     figures = s["seed_results"]
 
     def row(
@@ -269,8 +277,8 @@ def readme_text(s: dict) -> str:
             else f"{best}, seed {s['seeds'][0]}; "
         )
         + f"{s['bytes_total']:,} bytes, {s['bytes_code']:,} of them code; the limit is {BYTES:,}.",
-        f"{s['author'] or 'Author not named'}, {'GitHub: ' + s['github_id'] if s['github_id'] else 'no GitHub name'}, "
-        f"{s['date']}.",
+        f"{s['author'] or 'Author not named'}, "
+        f"{'GitHub: ' + s['github_id'] if s['github_id'] else 'no GitHub name'}, {s['date']}.",
     ]
     if "non_record" in s:
         parts += [
@@ -281,9 +289,10 @@ def readme_text(s: dict) -> str:
     parts += [
         "## Results",
         table(["seed", *(title for title, _ in columns.values())], rows + statistics_rows, len(columns)),
-        f"On {s['hardware']}, attention: {versions['attention']}, torch {versions['torch']}, Python {versions['python']}. "
-        f"Data: {s['data']}.\n`train s` is training with averaging and calibration, `eval s` all scoring of the artifact; the "
-        f"limit of each is {SECONDS} s." + ("\nThe deviation is the sample's (n - 1)." if several else ""),
+        f"On {s['hardware']}, attention: {versions['attention']}, torch {versions['torch']}, "
+        f"Python {versions['python']}. Data: {s['data']}.\n`train s` is training with averaging and "
+        f"calibration, `eval s` all scoring of the artifact; the limit of each is {SECONDS} s."
+        + ("\nThe deviation is the sample's (n - 1)." if several else ""),
         "## Settings",
         (
             "Those that are not the defaults of `train_gpt.py`:\n\n"
@@ -303,19 +312,20 @@ def readme_text(s: dict) -> str:
                 "```",
             ]
         ),
-        "`DATA_PATH` and `TOKENIZER_PATH` say where the data and the tokenizer are, if they are not where the defaults say.\n"
+        "`DATA_PATH` and `TOKENIZER_PATH` say where the data and the tokenizer are, if they are not where "
+        "the defaults say.\n"
         "Logs: " + ", ".join(f"[{figure['log']}]({figure['log']})" for figure in figures.values()) + ".",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def json_bytes(s: dict) -> bytes:
-    """The file submission.json."""
+    """Returns the file submission.json."""
     return (json.dumps(s, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def files_of(runs: list[Run], args: argparse.Namespace) -> dict[str, bytes]:
-    """The files of a submission's folder by their names. Raises OSError."""
+    """Returns the files of a submission's folder by their names. Raises OSError."""
     stems = [f"train_seed{run.log.settings['SEED']}" for run in runs]
     s = describe(runs, [f"{stem}.txt" for stem in stems], args)
     files = {
@@ -324,7 +334,7 @@ def files_of(runs: list[Run], args: argparse.Namespace) -> dict[str, bytes]:
         "train_gpt.py": runs[0].log.source.encode(),
         "requirements.txt": (ROOT / "requirements.txt").read_bytes(),
     }
-    for run, stem in zip(runs, stems):
+    for run, stem in zip(runs, stems, strict=False):
         files[f"{stem}.txt"] = text_of(run.path).read_bytes()
         files |= {
             stem + suffix: run.path.with_suffix(suffix).read_bytes()
@@ -335,7 +345,10 @@ def files_of(runs: list[Run], args: argparse.Namespace) -> dict[str, bytes]:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all of the files or, if that fails, none. A folder of the same runs is replaced. Raises RunError, OSError."""
+    """Write all of the files or, if that fails, none. A folder of the same runs is replaced.
+
+    Raises RunError, OSError.
+    """
     if folder.exists():
         old = {
             path.relative_to(folder).as_posix(): path.read_bytes()
@@ -345,8 +358,8 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         for name in sorted((old.keys() | files.keys()) - DESCRIPTIONS):
             if old.get(name) != files.get(name):
                 raise RunError(
-                    f"{folder}: is there already, of another submission ({name} differs); give another --name or "
-                    "--date, or move it away"
+                    f"{folder}: is there already, of another submission ({name} differs); give another "
+                    "--name or --date, or move it away"
                 )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".submit-", dir=folder.parent) as temporary:
@@ -381,7 +394,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def checked_runs(args: argparse.Namespace) -> list[Run]:
-    """The runs of the logs. Raises RunError with all reasons that they are no submission, one a line."""
+    """Returns the runs of the logs.
+
+    Raises RunError with all reasons that they are no submission, one a line.
+    """
     runs, unread = [], []
     for path in args.logs:
         try:
@@ -396,10 +412,9 @@ def checked_runs(args: argparse.Namespace) -> list[Run]:
     return sorted(runs, key=lambda run: int(run.log.settings["SEED"]))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Check the logs of runs and write the folder of a submission from them."
-    )
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Returns the arguments."""
+    parser = Parser(description="Check the logs of runs and write the folder of a submission from them.")
     parser.add_argument("logs", nargs="+", type=Path, metavar="log", help="logs/RUN_ID.txt of a finished run")
     parser.add_argument("--name", required=True, help="title of the submission")
     parser.add_argument("--author", default="", help="who submits")
@@ -425,30 +440,38 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only-json", type=Path, metavar="FILE", help="write no folder, only its submission.json, here"
     )
-    args = parser.parse_args(argv)
-    try:
+    return parser.parse_args(argv)
+
+
+def write_json(runs: list[Run], args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Write only submission.json; return its path and content. Raises OSError."""
+    target, present = args.only_json, (ROOT / "train_gpt.py").read_text("utf-8")
+    logs = [Path(os.path.relpath(run.path, target.parent)).as_posix() for run in runs]
+    s = describe(runs, logs, args) | {"source_is_present_train_gpt": runs[0].log.source == present}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, json_bytes(s))
+    return target, s
+
+
+def write_submission(runs: list[Run], args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Write the folder; return its path and the content of submission.json. Raises RunError, OSError."""
+    target = args.out / args.track / f"{args.date}_{args.safe_name}"
+    files = files_of(runs, args)
+    write_folder(target, files)
+    return target, json.loads(files["submission.json"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write what the arguments ask for."""
+    args = parse_arguments(argv)
+    with ends_in_one_line():
         check_arguments(args)
         runs = checked_runs(args)
-        if args.only_json:
-            target, present = args.only_json, (ROOT / "train_gpt.py").read_text("utf-8")
-            s = describe(
-                runs, [Path(os.path.relpath(run.path, target.parent)).as_posix() for run in runs], args
-            )
-            s["source_is_present_train_gpt"] = runs[0].log.source == present
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, json_bytes(s))
-        else:
-            target = args.out / args.track / f"{args.date}_{args.safe_name}"
-            files = files_of(runs, args)
-            write_folder(target, files)
-            s = json.loads(files["submission.json"])
-    except (RunError, OSError) as e:
-        sys.exit(f"error: {e}")
-    print(
-        f"wrote {target}: val_bpb {s['val_bpb']:.4f} of {len(runs)} run{'s'[: len(runs) > 1]}, {s['bytes_total']:,} bytes"
-    )
-    if not s.get("source_is_present_train_gpt", True):
-        print("note: the logs were made by another version of train_gpt.py than the present one")
+        target, s = (write_json if args.only_json else write_submission)(runs, args)
+        score, size = f"val_bpb {s['val_bpb']:.4f}", f"{s['bytes_total']:,} bytes"
+        print(f"wrote {target}: {score} of {plural(len(runs), 'run')}, {size}")
+        if not s.get("source_is_present_train_gpt", True):
+            print("note: the logs were made by another version of train_gpt.py than the present one")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What several tools need, each thing once."""

@@ -1,0 +1,58 @@
+"""Command lines that say in one line what is wrong."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+import train_gpt as T
+
+ROOT = Path(T.__file__).resolve().parent
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def positive(text: str) -> int:
+    """Returns the integer from 1 that a text stands for. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
+    return int(text)
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """End the process with a line for what the user can put right; end the group of processes in any case."""
+    try:
+        yield
+    except (T.RunError, OSError) as e:
+        sys.exit(f"error: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_folder_of(path: Path | None) -> None:
+    """Raises RunError if there is a path, but no folder to write it in."""
+    if path is not None and not path.parent.is_dir():
+        raise T.RunError(f"{path}: there is no folder {path.parent}")
+
+
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if T.rank() == 0:
+        print(line, flush=True)
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Returns an error's text as a line of at most so many characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
