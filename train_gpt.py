@@ -52,7 +52,7 @@ from torch import Tensor, nn
 Value = TypeVar("Value")
 State = dict[str, Any]
 Named = Mapping[str, Tensor]
-SPANS = 8  # of a training step, shared out over 1, 2, 4 or 8 processes
+SPANS = 8  # of a step, and most processes: what ranks share is cut in 8
 
 
 class RunError(Exception):
@@ -75,20 +75,13 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def setting(
-    default: Any,
-    help: str,
-    *,
-    low: float = 0,
-    high: float = math.inf,
-    choices: tuple[str, ...] = (),
-    kept: str = "yes",
-    group: str = "",
+    default: Any, help: str, *, low: float = 0, high: float = math.inf, choices: tuple = (), kept: str = "yes"
 ) -> Any:
     """Returns a field of Settings: numbers from `low` to `high`, texts among `choices`.
 
     `kept` in the artifact: "yes", a default for scoring; "fixed", belongs to the weights; "no", is local.
     """
-    facts = {"help": help, "low": low, "high": high, "choices": choices, "kept": kept, "group": group}
+    facts = {"help": help, "low": low, "high": high, "choices": choices, "kept": kept}
     return field(default=default, metadata=facts)
 
 
@@ -99,13 +92,11 @@ fixed, local = partial(setting, kept="fixed"), partial(setting, kept="no")
 class Settings:
     """All settings, environment variables of these names in capitals; the defaults are the record's."""
 
-    data_path: str = local("./data/datasets/fineweb10B_sp1024", "folder of the token shards", group="Data")
-    tokenizer_path: str = local(
-        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model that made the tokens"
-    )
-    vocab_size: int = setting(1024, "number of the tokenizer's tokens", low=2, high=65536)
+    data_path: str = local("./data/datasets/fineweb10B_sp1024", "folder of the token shards")
+    tokenizer_path: str = local("./data/tokenizers/fineweb_1024_bpe.model", "their SentencePiece model")
+    vocab_size: int = setting(1024, "tokens that the tokenizer has", low=2, high=65536)
 
-    run_id: str = local("", "name of logs/RUN_ID.txt; empty: a UUID", group="Run")
+    run_id: str = local("", "name of logs/RUN_ID.txt; empty: a UUID")
     seed: int = setting(1337, "seed of the first weights", high=2**32 - 1)
     iterations: int = setting(20000, "most training steps")
     max_wallclock_seconds: float = setting(600.0, "most seconds of training; 0: no limit")
@@ -114,7 +105,7 @@ class Settings:
     train_batch_tokens: int = setting(786432, "tokens per training step", low=8)
     train_seq_len: int = setting(2048, "tokens per training sequence", low=2)
     micro_batch_tokens: int = setting(0, "tokens per forward pass; 0: an eighth of a step")
-    train_log_every: int = setting(500, "steps between lines of the log; 0: only the first ten")
+    train_log_every: int = setting(500, "steps between lines of the log; 0: none")
     val_loss_every: int = setting(4000, "steps between validations; 0: only after the last step")
     val_batch_size: int = setting(524288, "validation tokens that 8 processes read at once", low=8)
     holdout_tokens: int = setting(524288, "training tokens held out to choose and calibrate by", low=1)
@@ -126,7 +117,7 @@ class Settings:
     audit: bool = local(False, "check scoring against the challenge's rules")
     recipe: str = setting("record", "which defaults hold", choices=("record", "best"))
 
-    num_layers: int = fixed(11, "layers", low=1, group="Model")
+    num_layers: int = fixed(11, "layers", low=1)
     model_dim: int = fixed(512, "width of the residual stream", low=1)
     num_heads: int = fixed(8, "query heads", low=1)
     num_kv_heads: int = fixed(4, "key and value heads", low=1)
@@ -145,7 +136,7 @@ class Settings:
     ve_layers: tuple[int, ...] = fixed((9, 10), "layers that add value embeddings")
     tied_embed_init_std: float = fixed(0.005, "deviation of the first token table")
 
-    matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks", group="Optimizers")
+    matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks")
     scalar_lr: float = setting(0.025, "AdamW's learning rate of scalars and vectors")
     tied_embed_lr: float = setting(0.035, "AdamW's learning rate of the tables")
     embed_lr: float = setting(0.6, "the tables' learning rate with TIE_EMBEDDINGS=0")
@@ -161,9 +152,7 @@ class Settings:
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     grad_clip_norm: float = setting(0.3, "most norm of the whole gradient; 0: no limit")
 
-    ema_enabled: bool = setting(
-        True, "try an exponential average of the weights", group="Averages and rounding"
-    )
+    ema_enabled: bool = setting(True, "try an exponential average of the weights")
     ema_decay: float = setting(0.997, "decay of the exponential average, per step", high=1)
     swa_enabled: bool = setting(True, "try a plain average of the last weights")
     swa_every: int = setting(50, "steps between samples of the plain average", low=1)
@@ -171,17 +160,17 @@ class Settings:
     late_qat_threshold: float = setting(0.15, "share of the warm-down left when rounding starts")
     matrix_step: float = setting(1.0, "least knob; 1: steps as fine as the record's", low=0.25, high=1000)
 
-    eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2, group="Scoring")
+    eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2)
     eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
     eval_mode: str = setting("sliding", "windows, or each position once", choices=("sliding", "streaming"))
     eval_window: int = setting(0, "tokens that a position of a stream sees; 0: EVAL_SEQ_LEN")
     eval_max_seconds: float = setting(600.0, "most seconds of scoring; if short, less is learnt", low=0.001)
     eval_time_soft_cap_seconds: float = setting(570.0, "past 85% of these seconds no chunk gets extra epochs")
 
-    ttt_enabled: bool = setting(True, "learn from what has been scored", group="Test-time training")
+    ttt_enabled: bool = setting(True, "learn from what has been scored")
     ttt_muon: bool = setting(True, "update by Newton-Schulz; 0: by SGD")
     ttt_ns_steps: int = setting(3, "Newton-Schulz steps of an update", low=1)
-    ttt_entropy_adapt: bool = setting(True, "an epoch more for hard chunks, less for easy ones")
+    ttt_entropy_adapt: bool = setting(True, "an epoch more for hard chunks, one less for easy ones")
     ttt_entropy_high: float = setting(2.1, "nats above which a chunk is hard")
     ttt_entropy_low: float = setting(1.75, "nats below which a chunk is easy")
     ttt_lr: float = setting(0.002, "learning rate; with windows the peak of a cosine")
@@ -195,6 +184,7 @@ class Settings:
 
     def validate(self) -> None:
         """Raises RunError for settings that contradict each other."""
+        spans = SPANS * self.train_seq_len
         head_dim, sliding = self.model_dim // self.num_heads, self.eval_mode == "sliding"
         layers, chunk = set(range(self.num_layers)) & set(self.ve_layers), self.ttt_chunk_tokens
         whole_chunks = chunk >= self.train_seq_len or not (self.ttt_enabled and sliding)
@@ -204,9 +194,8 @@ class Settings:
             "ROPE_DIMS must be even, at most MODEL_DIM / NUM_HEADS": self.rope_dims
             in range(4, head_dim + 1, 2),
             "VE_LAYERS must be different layers below NUM_LAYERS": len(layers) == len(self.ve_layers),
-            "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": not (
-                self.train_batch_tokens % (SPANS * self.train_seq_len)
-            ),
+            "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": self.train_batch_tokens % spans
+            == 0,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
             "TTT_CHUNK_TOKENS must be a multiple of 8 if EVAL_MODE is streaming": sliding
             or chunk % SPANS == 0,
@@ -224,13 +213,14 @@ class Settings:
 
 FIELDS = {f.name.upper(): f for f in fields(Settings)}
 KEPT = [name.lower() for name, f in FIELDS.items() if f.metadata["kept"] != "no"]
+FIXED = [name.lower() for name, f in FIELDS.items() if f.metadata["kept"] == "fixed"]
 
 BEST = {"eval_mode": "streaming", "ttt_entropy_adapt": False, "ttt_lr": 0.01}
 BEST |= {"ttt_epochs": 1, "ttt_chunk_tokens": 2048, "ttt_decay": 0.005}
 RECIPES = {"best": BEST, "record": {name: FIELDS[name.upper()].default for name in BEST}}
 
-# Names that begin like a setting's are misspelt, but not these, which other programs use
-COMMON_PREFIXES = {"ARTIFACT", "DATA", "HEAD", "MAX", "MODEL", "NUM", "RUN", "SEED"}
+# Names that begin like a setting's are misspelt ones, but for these
+COMMON_PREFIXES = {"ARTIFACT", "CUDA", "DATA", "HEAD", "MAX", "MODEL", "NCCL", "NUM", "RUN", "SEED", "TORCH"}
 OWN_PREFIXES = {name.split("_")[0] for name in FIELDS} - COMMON_PREFIXES
 NEAR_MISS = 0.91  # difflib's ratio that makes any other name a misspelt one
 
@@ -240,9 +230,9 @@ KINDS[tuple[int, ...]] = "integers separated by commas"
 
 def show(value: Any) -> str:
     """Returns a value as one writes it in the environment."""
-    if isinstance(value, (str, tuple)):
-        return value if isinstance(value, str) else ",".join(map(str, value))
-    return f"{value:.15g}"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else f"{value:.15g}"
 
 
 def assignments(s: Settings, names: Sequence[str]) -> str:
@@ -298,11 +288,8 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
 
 def help_text() -> str:
     """Returns what --help prints."""
-    lines = [__doc__ or ""]
-    for name, f in FIELDS.items():
-        lines += [f"\n{f.metadata['group']}:"] if f.metadata["group"] else []
-        lines.append(f"  {name}={show(f.default)}  {f.metadata['help']} ({allowed(f)})")
-    return "\n".join(lines)
+    lines = [f"  {name}={show(f.default)}  {f.metadata['help']} ({allowed(f)})" for name, f in FIELDS.items()]
+    return "\n".join([__doc__ or "", *lines])
 
 
 # ======== Processes ========
@@ -372,7 +359,7 @@ def together(action: Callable[[], Value], ranks: int = SPANS) -> Value:
         if rank() < ranks:
             result = action()
     except (RunError, OSError) as e:
-        error = str(e)
+        error = str(e) or repr(e)
     if all_reduce(torch.tensor(len(error))):
         errors = [error] * world_size()
         if world_size() > 1:
@@ -431,7 +418,7 @@ class Clock:
 
     def __init__(self, device: torch.device | None = None):
         self.device, self.start = device, time.perf_counter()
-        self.apart = 0.0  # that tools spent and nobody is to be hurried by
+        self.apart = 0.0  # seconds that hooks spent, which Pace leaves out
 
     def seconds(self, wait: bool = True) -> float:
         """Returns all seconds so far."""
@@ -458,7 +445,7 @@ class Clock:
 class Hooks:
     """Where tools may watch a run: these methods do nothing, classes in tools/run/ override some.
 
-    Ranks call them in one order, but for on_event, on_progress, on_error. Only restore_* give a state, only
+    Ranks call them in one order, except on_event, on_progress, on_error. Only restore_* give a state, only
     should_stop ends a run; on_start, on_scoring, on_end may raise RunError.
     """
 
@@ -535,13 +522,13 @@ class Log:
 
     def __init__(self, hooks: Hooks = NO_HOOKS):
         self.hooks, self.lost = hooks, ""
-        self.outputs = [None]  # None: what is standard output by then
+        self.outputs = [None]  # None: standard output
 
     def open(self, path: Path, source: str, append: bool) -> None:
         """Also write to a file, first the source; an older one becomes path.previous. Raises OSError."""
         if path.exists() and not append:
             os.replace(path, f"{path}.previous")
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (for the run)
         self.outputs.append(file)
         if not path.stat().st_size:
             print(source, "=" * 100, sep="\n", file=file)
@@ -628,7 +615,7 @@ class ByteTables(NamedTuple):
     is_boundary: Tensor
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Returns each target's bytes; behind a boundary a leading space is none."""
+        """Returns each target's bytes; after a boundary a leading space is not counted."""
         return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
 
 
@@ -804,10 +791,6 @@ class KVCache:
     def __init__(self, slots: list[Tensor]):
         self.slots = slots
 
-    def copy(self) -> "KVCache":
-        """Returns a cache that goes on on its own."""
-        return KVCache(list(self.slots))
-
 
 class Matrices(NamedTuple):
     """The banks cast for use, each (L, rows, columns); or one layer's, each (rows, columns)."""
@@ -837,7 +820,7 @@ class Forward:
         return F.linear(x, weight)
 
     def with_past(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns past and present keys and values (B, P + T, K, d); the cache keeps the last P."""
+        """Returns past and present keys, values (B, P + T, K, d); the cache keeps the last P, if 0 all."""
         kv, own, before = torch.stack((k, v)), k.size(1), 0
         if self.ranks > 1:  # each rank adds its own part to a tensor of all
             before = rank() * own
@@ -873,20 +856,20 @@ class Block(nn.Module):
         self.drops_own_value = layer >= s.num_layers - s.xsa_last_n  # XSA
 
     def forward(
-        self, x: Tensor, x0: Tensor, values: Tensor | None, W: Matrices, f: Forward, slot: int
+        self, x: Tensor, x0: Tensor, values: Tensor | None, m: Matrices, f: Forward, slot: int
     ) -> Tensor:
         """Returns the next x (B, T, D); x0 is the embedding, `values` (B, T, K*d) join the value vectors."""
         attn_scale, mlp_scale, mix = (
             p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale, self.resid_mix)
         )
         u = mix[0] * x + mix[1] * x0
-        y = u + attn_scale * self.attend(norm(u) * self.input_scale, values, W, f, slot)
-        return y + mlp_scale * self.mlp(norm(y) * self.input_scale, W, f)
+        y = u + attn_scale * self.attend(norm(u) * self.input_scale, values, m, f, slot)
+        return y + mlp_scale * self.mlp(norm(y) * self.input_scale, m, f)
 
-    def attend(self, x: Tensor, values: Tensor | None, W: Matrices, f: Forward, slot: int) -> Tensor:
+    def attend(self, x: Tensor, values: Tensor | None, m: Matrices, f: Forward, slot: int) -> Tensor:
         """Returns the attention's output (B, T, D) for x (B, T, D)."""
         length, H, K = x.size(1), self.s.num_heads, self.s.num_kv_heads
-        qkv = f.product("qkv", self.layer, x, W.qkv).unflatten(-1, (H + 2 * K, -1))
+        qkv = f.product("qkv", self.layer, x, m.qkv).unflatten(-1, (H + 2 * K, -1))
         q, k, v = qkv.split((H, K, K), dim=2)  # (B, T, H or K, d)
         if values is not None:
             v = v + values.view_as(v)
@@ -896,17 +879,15 @@ class Block(nn.Module):
         q = rotate(norm(q), f.cos[-length:], f.sin[-length:]) * self.q_gain.to(x.dtype)[:, None]
         a = self.attention(q, rotate(k, f.cos, f.sin), v, f.mask)  # (B, T, H, d)
         if self.drops_own_value:
-            a, along = (
-                a.unflatten(2, (K, -1)),
-                F.normalize(own_value, dim=-1).unsqueeze(3),
-            )  # (B, T, K, H / K, d)
+            a = a.unflatten(2, (K, -1))  # (B, T, K, H / K, d)
+            along = F.normalize(own_value, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
             a = a - (a * along).sum(-1, keepdim=True) * along
-        return f.product("out", self.layer, a.flatten(2), W.out)
+        return f.product("out", self.layer, a.flatten(2), m.out)
 
-    def mlp(self, x: Tensor, W: Matrices, f: Forward) -> Tensor:
+    def mlp(self, x: Tensor, m: Matrices, f: Forward) -> Tensor:
         """Returns the MLP's output (B, T, D) for x (B, T, D)."""
-        hidden = F.leaky_relu(f.product("up", self.layer, x, W.up), 0.5).square()
-        return f.product("down", self.layer, hidden, W.down)
+        hidden = F.leaky_relu(f.product("up", self.layer, x, m.up), 0.5).square()
+        return f.product("down", self.layer, hidden, m.down)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -931,7 +912,7 @@ class GPT(nn.Module):
         KD, hidden = D // s.num_heads * s.num_kv_heads, int(s.mlp_mult * D)
         self.s, self.dtype = s, dtype
         self.order = tuple(range(L))  # of executing the layers
-        self.encoder_length = len(self.order) // 2  # executions that leave skip connections for the others
+        self.encoder_length = len(self.order) // 2  # executions that leave skips
         self.ve_layers = s.ve_layers if s.ve_enabled else ()
         self.rotary = {}  # rotary_tables() by length and window
         self.qo_bank, self.kv_bank = parameter(2 * L, D, D), parameter(2 * L, KD, D)
@@ -1006,7 +987,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Returns -log p in nats, (B, T) fp32, of targets (B, T) int64 behind tokens (B, T) int64.
 
-        In a stream there are two tokens more before, -1 for none; the context's cache is brought up to date.
+        With a cache, tokens are (B, 2 + T): two earlier ones first, -1 for none; the cache is updated.
         """
         return token_losses(self.logits(tokens, matrices, context), targets)
 
@@ -1042,18 +1023,15 @@ class GPT(nn.Module):
 
     def trunk(self, x0: Tensor, values: Tensor | None, matrices: Matrices, context: Forward) -> Tensor:
         """Returns the residual stream (B, T, D) after all layers of the embedding x0 (B, T, D)."""
-        x, skips, layers = (
-            x0,
-            [],
-            [Matrices(*m) for m in zip(*(bank.unbind() for bank in matrices), strict=True)],
-        )
+        x, skips = x0, []
+        layers = [Matrices(*m) for m in zip(*(bank.unbind() for bank in matrices), strict=True)]
         for slot, layer in enumerate(self.order):
-            scaled = None
+            added = None
             if layer in self.ve_layers:
-                scaled = self.ve_layer_scales[self.ve_layers.index(layer)].to(x.dtype) * values
+                added = self.ve_layer_scales[self.ve_layers.index(layer)].to(x.dtype) * values
             if slot >= self.encoder_length and skips:
                 x = x + self.skip_weights[slot - self.encoder_length].to(x.dtype) * skips.pop()
-            x = self.blocks[layer](x, x0, scaled, layers[layer], context, slot)
+            x = self.blocks[layer](x, x0, added, layers[layer], context, slot)
             if slot < self.encoder_length:
                 skips.append(x)
         return x
@@ -1078,7 +1056,7 @@ class GPT(nn.Module):
 
 
 def newton_schulz(G: Tensor, steps: int) -> Tensor:
-    """Returns G (..., rows, columns) bf16, singular values near 1 (https://kellerjordan.github.io/posts/muon)."""
+    """Returns G (..., rows, columns), singular values near 1, bf16 (https://kellerjordan.github.io/posts/muon)."""
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -1099,7 +1077,7 @@ def orthogonalize(G: Tensor, steps: int) -> Tensor:
 
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int) -> Tensor:
-    """Returns Nesterov's update (n, rows, columns) bf16, orthogonalised; the buffer moves on."""
+    """Returns Nesterov's update (n, rows, columns) bf16, orthogonalised; the buffer is updated."""
     g = grad.bfloat16()
     return orthogonalize(g.add(buffer.mul_(momentum).add_(g), alpha=momentum), steps)
 
@@ -1169,7 +1147,7 @@ class Optimizers:
         return total
 
     def first_not_finite(self) -> str:
-        """Returns the first weight of no finite gradient, on any rank. All ranks ask."""
+        """Returns the first weight whose last gradient was not finite, on any rank. All ranks ask."""
         bad = all_reduce(self.norms.clone()).isfinite().logical_not().tolist()
         wrong = [p for p, is_bad in zip(self.banks + self.rest, bad, strict=True) if is_bad]
         return next((name for name, p in self.model.named_parameters() if wrong and p is wrong[0]), "")
@@ -1193,7 +1171,7 @@ class Optimizers:
 
 
 def warmdown_left(step: int, s: Settings, elapsed: float, budget: float) -> float:
-    """Returns the share of the warm-down to come, 1 to 0; by time if the budget of seconds is finite."""
+    """Returns the share of the warm-down to come, 1 to 0: by time alone if the budget is finite."""
     steps = s.iterations - step
     if budget < math.inf:
         steps = max(budget - elapsed, 0) * max(step, 1) / max(elapsed, 1e-9)
@@ -1278,11 +1256,11 @@ class Calibration(NamedTuple):
     """What calibrate() finds."""
 
     moments: dict[str, Tensor]  # field of Matrices -> mean of x x^T over inputs x (L, columns, columns)
-    fisher: Steps  # weight -> Fisher information of each row, its mean squared gradient
+    fisher: Named  # weight -> Fisher information of each row, its mean squared gradient
 
 
 def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS) -> Calibration:
-    """Returns what is known on tokens (N + 1,), over all ranks; labels are the model's. Raises RunError."""
+    """Returns moments and Fisher information on tokens (N + 1,), over all ranks. Raises RunError."""
     number = (len(tokens) - 1) // seq_len * seq_len
     groups = tokens[:number].view(-1, seq_len).long().split(max(1, CALIBRATION_TOKENS // seq_len))
     weights, matrices, (low, high) = model.quantized(), model.matrices(), share(len(groups))
@@ -1304,7 +1282,7 @@ def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS)
     all_reduce_list(sums)
     torch._foreach_div_(sums, number)
     finite = all(f.isfinite().all() for f in fisher.values())  # else training will say what is wrong
-    for name, bank in moments.items():  # waits for the device, since this is timed
+    for name, bank in moments.items():  # waits for the device
         unseen = [layer for layer, m in enumerate(bank) if not m.any()]
         if unseen and finite:
             raise RunError(f"calibration: no inputs of the matrices '{name}' of layers {unseen}")
@@ -1312,10 +1290,10 @@ def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS)
 
 
 @torch.no_grad()
-def base_steps(model: GPT, fisher: Steps) -> Steps:
-    """Returns rows' steps before the knob: as 1 / sqrt(Fisher information) a bit is worth the same in all.
+def base_steps(model: GPT, fisher: Named) -> Steps:
+    """Returns each row's step before the knob, as 1 / sqrt(Fisher information), so all rounding costs alike.
 
-    Within 8 times their mean, and in the mean of logarithms the banks' as fine as the record's.
+    At most 8 times off a weight's typical step; the banks' geometric mean is the record's.
     """
     weights, steps, octaves = model.quantized(), {}, 0
     for name, information in fisher.items():
@@ -1418,7 +1396,7 @@ def count_symbols(stored: Named) -> Tensor:
 
 
 def estimate_bytes(stored: Named) -> float:
-    """Returns about the artifact's bytes, by the integers' entropy."""
+    """Returns about the artifact's size in bytes, by the integers' entropy."""
     counts = count_symbols(stored).double()
     nats = -torch.xlogy(counts, counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).sum().item()
     return (
@@ -1426,13 +1404,13 @@ def estimate_bytes(stored: Named) -> float:
     )
 
 
-SLACK_BYTES = 20_000  # that the artifact may stay below its limit
+SLACK_BYTES = 20_000  # allowed below the limit
 
 
 def fit_knob(s: Settings, model: GPT, size: Callable[[float], float], limit: int, knob: float) -> float:
     """Returns MATRIX_STEP if its size(knob) fits, else a knob for (limit - SLACK_BYTES, limit] bytes.
 
-    Twice the knob takes a bit from each weight; the last of 16 tries counts.
+    Twice the knob takes a bit from each weight. The knob is the one that size() saw last, of 16 at most.
     """
     weights = sum(map(torch.numel, model.quantized().values()))
     for tries in count(1):
@@ -1450,7 +1428,7 @@ def lanes_of(n: int) -> int:
 
 
 def frequencies(counts: np.ndarray) -> np.ndarray:
-    """Returns shares like counts (contexts, symbols), uint64, of 2 ** PRECISION, 1 at least."""
+    """Returns counts (contexts, symbols) scaled to 2 ** PRECISION, uint64; what occurs gets 1 or more."""
     occurs, sums = counts > 0, counts.cumsum(axis=1)
     shares = (2**PRECISION - occurs.sum(axis=1, keepdims=True)) / sums[:, -1:]
     return np.uint64(np.diff(np.rint(sums * shares), prepend=0) + occurs)
@@ -1497,7 +1475,7 @@ def rans_decode(frequency: np.ndarray, contexts: np.ndarray, code: bytes) -> np.
     return symbols
 
 
-MAGIC = b"GPT16MB2"
+MAGIC = b"GPT16MB2"  # ends with the version of the format
 HASH_END, SIDE_START = 40, 44  # behind magic and SHA-256; behind the length of the xz stream
 
 
@@ -1516,7 +1494,8 @@ def pack_artifact(s: Settings, fingerprint: str, stored: Named) -> bytes:
     contexts = torch.cat([rows[name].flatten().repeat_interleave(n) for name, n in columns.items()])
     symbols = torch.cat([(q + MOST).flatten() for q in integers.values()])
     settings = {name: show(getattr(s, name)) for name in KEPT}
-    header = json.dumps({"tokenizer": fingerprint, "settings": settings, "columns": columns}).encode()
+    known = {"tokenizer": fingerprint, "settings": settings, "fixed": FIXED, "columns": columns}
+    header = json.dumps(known).encode()
     arrays = {"header": np.frombuffer(header, np.uint8), "frequency": np.uint16(frequency)}
     file = io.BytesIO()
     np.savez(file, **arrays, **{f"{name}.rows": r for name, r in rows.items()}, **halves)
@@ -1533,6 +1512,7 @@ class Artifact(NamedTuple):
     fingerprint: str  # SHA-256 of its tokenizer
     settings: dict[str, Any]
     stored: dict[str, Tensor]  # as quantize() returned it
+    unknown: Sequence[str] = ()  # settings for scoring that this program lacks
 
 
 def side_bytes(data: bytes) -> int:
@@ -1543,24 +1523,25 @@ def side_bytes(data: bytes) -> int:
 def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
     """Returns what pack_artifact() was given; executes nothing. Raises RunError."""
     if data[:HASH_END] != MAGIC + hashlib.sha256(data[HASH_END:]).digest():
-        raise RunError(f"artifact {path}: truncated, altered or no artifact")
+        raise RunError(f"artifact {path}: truncated, altered, of another version or no artifact")
     try:
         end, position = side_bytes(data), 0
         arrays = dict(np.load(io.BytesIO(lzma.decompress(data[SIDE_START:end]))))
         header = json.loads(bytes(arrays.pop("header")))
-        settings = {name: parse_value(name.upper(), str(text)) for name, text in header["settings"].items()}
-        if settings.keys() != set(KEPT):
-            raise ValueError("it has other settings")
-        columns = header["columns"]
+        texts, columns = header["settings"], header["columns"]
+        unknown = [name for name in texts if name not in KEPT]  # of another version of this program
+        strange = set(unknown) & set(header.get("fixed", ())) | set(FIXED) - set(texts)
+        if strange:
+            raise ValueError(f"its model has other settings: {' '.join(sorted(strange)).upper()}")
+        settings = {name: parse_value(name.upper(), str(texts[name])) for name in texts if name in KEPT}
         contexts = {name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in columns.items()}
         flat = np.concatenate([context.ravel() for context in contexts.values()])
         symbols = rans_decode(np.uint64(arrays.pop("frequency")), flat, data[end:]) - MOST
         for name, context in contexts.items():
             arrays[name] = symbols[position : position + context.size].reshape(context.shape)
             position += context.size
-        return Artifact(
-            header["tokenizer"], settings, {name: torch.from_numpy(a) for name, a in arrays.items()}
-        )
+        stored = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        return Artifact(header["tokenizer"], settings, stored, unknown)
     except Exception as e:
         raise RunError(f"artifact {path}: not of this version's format ({e})") from None
 
@@ -1568,10 +1549,10 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
 def settings_for_scoring(environ: Mapping[str, str], artifact: Artifact, run_id: str) -> Settings:
     """Returns an artifact's settings under the environment's. Raises RunError."""
     s = parse_settings(environ, artifact.settings | {"run_id": run_id})
-    for name, f in FIELDS.items():
-        kept = artifact.settings.get(name.lower())
-        if f.metadata["kept"] == "fixed" and getattr(s, name.lower()) != kept:
-            raise RunError(f"{assignments(s, [name])}, but the artifact has {show(kept)}")
+    for name in FIXED:
+        if getattr(s, name) != artifact.settings[name]:
+            kept = show(artifact.settings[name])
+            raise RunError(f"{assignments(s, [name.upper()])}, but the artifact has {kept}")
     return s
 
 
@@ -1593,7 +1574,7 @@ def load_for_scoring(
 
 
 def plan_windows(targets: int, window: int, stride: int) -> Tensor:
-    """Returns (n, 3) int64: each window's start and [first, last) of its targets: all, later `stride`."""
+    """Returns (n, 3) int64, windows' start, first target, end: the first scores all, others `stride`."""
     window = min(window, targets)
     end = F.pad(torch.arange(window, targets, stride), (0, 1), value=targets)
     return torch.stack((end - window, F.pad(end[:-1], (1, 0)), end), dim=1)
@@ -1653,11 +1634,11 @@ class Scorer:
 
     def read(self, at: Tensor, matrices: Matrices, cache: KVCache | None = None, ranks: int = 1) -> Read:
         """Read positions (B, T), in a stream behind a cache, which is brought up to date."""
-        before, context = cache and cache.copy(), at
+        before, seen = cache and KVCache(list(cache.slots)), at
         if cache is not None:  # the embedding also looks at the two tokens before
-            context = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
-        forward = self.model.context(at.size(1), cache, ranks)
-        losses = self.model(self.ids(context), self.ids(at + 1), matrices, forward)
+            seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
+        context = self.model.context(at.size(1), cache, ranks)
+        losses = self.model(self.ids(seen), self.ids(at + 1), matrices, context)
         read = Read(self, at, matrices, before, ranks, losses)
         self.hooks.on_read(read)
         return read
@@ -1687,7 +1668,8 @@ class Scorer:
                 at = start + offset + torch.arange(self.segment if offset else self.window, device=device)
                 sums += self.measure(self.read(at, matrices, cache), begin, end)
                 if stage:
-                    report_progress(self.hooks, stage, (i + (offset + self.segment) / length) / len(batches))
+                    done = i + min(1, (offset + self.window) / length)
+                    report_progress(self.hooks, stage, done / len(batches))
         return all_reduce(sums)
 
     def score_windows(self, stride: int, stage: str = "scoring") -> Score:
@@ -1695,7 +1677,7 @@ class Scorer:
         return Score(*self.sums(plan_windows(self.targets, self.window, stride), 0, stage).tolist())
 
     def score_streams(self) -> Score:
-        """Returns the score by lanes in which each position sees a window, 1/16 or less as context."""
+        """Returns the score by lanes; their first windows, only context, are 1/16 of the text at most."""
         lanes = min(SPANS * self.batch, self.targets // (16 * self.window)) or 1
         length = self.window + ceil_div(self.targets - self.window, lanes)
         plan = plan_windows(self.targets, length, max(1, length - self.window))
@@ -1759,7 +1741,7 @@ class SlidingMode:
         self.chunks = ceil_div(scorer.targets, s.ttt_chunk_tokens)
         plan = plan_windows(scorer.targets, scorer.window, s.eval_stride)
         windows = (plan[:, 1] // s.ttt_chunk_tokens).bincount(minlength=self.chunks)
-        self.plans = plan.split(windows.tolist())  # a window is of its first target's chunk
+        self.plans = plan.split(windows.tolist())  # by first target
 
     @staticmethod
     def window(s: Settings) -> int:
@@ -1858,7 +1840,7 @@ class Pace(Stateful):
         self.s, self.chunks, self.clock = s, chunks, clock
         self.limit = 0.97 * s.eval_max_seconds * (0.97 if s.audit else 1)  # a reserve; an audit may take 3%
         self.rate, self.credit = 1.0, 0.0  # share of the wanted epochs; epochs that are due
-        self.scoring, self.learning = 0.0, 0.0  # seconds of a chunk; of an epoch of one
+        self.scoring, self.learning = 0.0, 0.0  # seconds to score a chunk; for an epoch on one
         self.now = from_rank0(clock.seconds() - clock.apart)
 
     def time(self, chunk: int) -> float:
@@ -1874,7 +1856,7 @@ class Pace(Stateful):
         return int(self.credit)
 
     def end(self, chunk: int, start: float, scored: float, epochs: int) -> None:
-        """Adapt the rate to a chunk of these times, learnt from by now."""
+        """Adapt the rate to a chunk of these times that ends now."""
         now, left = self.time(chunk), self.chunks - 1 - chunk
         if now:
             self.scoring = max(scored - start, self.scoring / 2)
@@ -1888,7 +1870,7 @@ class TestTimeTraining(Stateful):
     """Scores chunk after chunk, and learns from each after it was scored."""
 
     STATE = ("records", "learner", "pace")
-    __test__ = False  # not one of pytest's
+    __test__ = False  # says pytest
 
     def __init__(self, mode: Mode, clock: Clock | None = None, log: Log | None = None):
         self.mode, self.learner, self.log, self.hooks = mode, mode.learner, log, mode.learner.hooks
@@ -1901,7 +1883,8 @@ class TestTimeTraining(Stateful):
         total = sum(sums for sums, _ in self.records)
         for c in range(len(self.records), n):
             self.hooks.on_chunk_start(self, c)
-            start, epochs, sums = pace.time(c), 0, mode.score_chunk(c)
+            start, epochs = pace.time(c), 0
+            sums = mode.score_chunk(c)
             total, scored = total + sums, pace.time(c)
             if mode.context_chunks <= c < n - 1:
                 epochs = pace.epochs(sums)
@@ -1928,8 +1911,8 @@ class Evaluation(Stateful):
         s, self.run_of, self.model, self.clock = run.settings, run, model, Clock(model.tok_emb.device)
         batch, mode_of = s.val_batch_size // SPANS, EVAL_MODES[s.eval_mode]
         windows = Scorer(model, tokens, tables, s.eval_seq_len, batch, run.hooks)
-        text = Scorer(model, tokens, tables, mode_of.window(s), batch, run.hooks)
-        mode = mode_of(s, text, Learner(model, s, run.hooks))
+        scorer = Scorer(model, tokens, tables, mode_of.window(s), batch, run.hooks)
+        mode = mode_of(s, scorer, Learner(model, s, run.hooks))
         self.ttt = TestTimeTraining(mode, self.clock, run.log)
         self.stages = {
             "final_int6_roundtrip": lambda: windows.score_windows(s.eval_seq_len, "roundtrip"),
@@ -1989,7 +1972,7 @@ class Trainer(Stateful):
         self.holdout = Scorer(self.model, self.holdout_tokens, None, s.train_seq_len, batch, run.hooks)
         self.base: Steps | None = None  # before the knob, once rounding has begun
         self.steps, self.knob = None, s.matrix_step
-        self.done, self.elapsed = 0, 0.0  # steps and seconds of training so far
+        self.done, self.elapsed = 0, 0.0  # steps, seconds so far
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a state_dict(). Raises RunError for other shards."""
@@ -2019,7 +2002,7 @@ class Trainer(Stateful):
             loss += part.detach()
         return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
 
-    def fix_steps(self, fisher: Steps, limit: int) -> None:
+    def fix_steps(self, fisher: Named, limit: int) -> None:
         """Choose each row's step so that about `limit` bytes come out."""
         self.base = base_steps(self.model, fisher)
 
@@ -2038,8 +2021,9 @@ class Trainer(Stateful):
                 self.train_step(together(spans.__next__), 1.0, s.muon_momentum)
         copy_weights(self.weights, before)
         self.optimizers = Optimizers(self.model, s)
-        for action, times in ((self.holdout_loss, 4), (self.calibrate, 1.5)):
-            action()  # the first time compiles
+        passes = 2 + s.ema_enabled + s.swa_enabled  # of each candidate, and one to spare
+        for action, times in ((self.holdout_loss, passes), (self.calibrate, 1.5)):
+            action()  # the first time is slower
             again = Clock()
             action()
             reserve += times * again.seconds()
@@ -2195,13 +2179,9 @@ def log_beginning(run: Run, source: bytes, kernel: str) -> None:
     """Log what runs and where."""
     line, code = f"settings: {assignments(run.settings, list(FIELDS))}", hashlib.sha256(source).hexdigest()
     run.log.event("settings", line, source_sha256=code, code_bytes=len(source))
-    own = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU ({platform.machine()})"
-    names = [own] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(names, own)
-    where = {"processes": world_size(), "hardware": " + ".join(names if len(set(names)) > 1 else [own])}
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    run.log.event("machine", **where, attention=kernel, **versions, hooks=str(run.hooks))
+    hardware = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU ({platform.machine()})"
+    where = {"processes": world_size(), "hardware": hardware, "attention": kernel, "torch": torch.__version__}
+    run.log.event("machine", **where, python=platform.python_version(), hooks=str(run.hooks))
 
 
 def train_and_export(
@@ -2240,7 +2220,7 @@ def execute(run: Run) -> None:
     """Train, unless there is only something to score; score the artifact on disk."""
     s, hooks, source = run.settings, run.hooks, Path(__file__).read_bytes()
     if run.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # of shapes and modes that the model meets
+        torch._dynamo.config.recompile_limit = 64  # shapes and modes
     s.run_id = from_rank0(s.run_id or Path(s.resume).stem or str(uuid.uuid4()))
     limit = s.artifact_limit - len(source)
     hooks.on_start(run)
@@ -2259,6 +2239,10 @@ def execute(run: Run) -> None:
     if not only_score:
         train_and_export(run, attention, text, tables, fingerprint, limit)
         data, artifact = read_artifact(run)
+    if artifact.unknown:
+        run.log.event(
+            "warning", f"warning: the artifact's settings {artifact.unknown} are unknown and not used"
+        )
     total, own = len(data) + len(source), {"artifact_bytes": len(data), "side_bytes": side_bytes(data)}
     run.log.event("size", f"Total submission size int+rans: {total} bytes", total=total, **own)
     model = load_for_scoring(artifact, run.artifact_path, run, attention, fingerprint)
@@ -2288,7 +2272,7 @@ def main() -> int:
         status = STOPPED_STATUS
     except Exception as e:
         hooks.on_error(e)
-        status = STOPPED_STATUS if hooks.should_stop() else 2  # others have stopped, which is the error
+        status = STOPPED_STATUS if hooks.should_stop() else 2  # it failed because others stopped
         if status == 2 and isinstance(e, (RunError, OSError)):
             who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
             print(f"train_gpt.py: {who}error: {e}", file=sys.stderr)

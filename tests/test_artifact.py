@@ -151,7 +151,7 @@ def test_integers_take_at_most_half_a_percent_more_than_their_matrices_entropy(l
 def test_the_artifact_gives_back_what_the_quantizer_made():
     calibrated = Calibrated()
     model, stored = calibrated.model, calibrated.quantized()
-    fingerprint, kept, found = T.unpack_artifact(T.pack_artifact(model.s, "f" * 64, stored), "x.bin")
+    fingerprint, kept, found, _ = T.unpack_artifact(T.pack_artifact(model.s, "f" * 64, stored), "x.bin")
     assert fingerprint == "f" * 64
     assert kept == {name: getattr(model.s, name) for name in T.KEPT}
     assert found.keys() == stored.keys()

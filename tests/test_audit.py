@@ -674,7 +674,10 @@ def test_another_artifact_than_the_runs_is_named(folder, offline):
     "arguments, words",
     [
         (["logs/none.bin"], "logs/none.bin"),
-        (["tokenizer.model"], "artifact tokenizer.model: truncated, altered or no artifact"),
+        (
+            ["tokenizer.model"],
+            "artifact tokenizer.model: truncated, altered, of another version or no artifact",
+        ),
         (["logs/tiny.bin", "--compare", "none.json"], "none.json"),
         (["logs/tiny.bin", "--compare", "logs/tiny.bin"], "logs/tiny.bin: no audit of a run"),
         (["logs/tiny.bin", "--compare", "empty.json"], "empty.json: no audit of a run"),

@@ -352,7 +352,11 @@ class Harmful:
         lambda header, arrays: seal(header | dict(settings=None), **arrays),
         lambda header, arrays: seal(header | dict(settings={}), **arrays),
         lambda header, arrays: seal(
-            header | dict(settings=header["settings"] | dict(unheard_of=1)), **arrays
+            header | dict(settings=header["settings"] | dict(unheard_of=1), fixed=["unheard_of"]), **arrays
+        ),
+        lambda header, arrays: seal(
+            header | dict(settings={k: v for k, v in header["settings"].items() if k != "num_layers"}),
+            **arrays,
         ),
         lambda header, arrays: seal(header),
         lambda header, arrays: seal(header, **arrays, more=np.zeros(3, np.float16)),
@@ -365,7 +369,8 @@ class Harmful:
         "list",
         "null",
         "no settings",
-        "more settings",
+        "more settings of the model",
+        "fewer settings of the model",
         "no tensors",
         "more tensors",
         "shape",
@@ -423,3 +428,21 @@ def test_torchrun_ends_with_the_message(folder):
     )  # the first rank to end may end the other
     assert status != 0 and 'train_gpt.py", line' not in err
     assert lines and all(line.startswith("DATA_PATH=data ") and "`make demo`" in line for line in lines)
+
+
+def test_settings_of_another_version_are_named_and_those_it_lacks_take_their_defaults(tmp_path):
+    """Scoring by an artifact whose program had a setting more and one less for scoring."""
+    tiny.make_data(tmp_path)
+    assert tiny.run(tmp_path).status == 0
+    header, arrays = contents(tmp_path / "logs/tiny.bin")
+    assert header["settings"].pop("ttt_grad_clip") == "1" and "ttt_grad_clip" not in header["fixed"]
+    header["settings"]["ttt_unheard_of"] = "3"
+    (tmp_path / "other.bin").write_bytes(seal(header, **arrays))
+    plain, other = (
+        tiny.run(tmp_path, EVAL_ONLY=1, RUN_ID="again", ARTIFACT_PATH=path)
+        for path in ("logs/tiny.bin", "other.bin")
+    )
+    assert (plain.status, other.status, plain.err, other.err) == (0, 0, "", "")
+    warning = "warning: the artifact's settings ['ttt_unheard_of'] are unknown and not used"
+    assert warning in other.out and "warning" not in plain.out
+    assert other.out.splitlines()[-1] == plain.out.splitlines()[-1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_checkpoint import data, folder  # noqa: F401
 
 import train_gpt as T
@@ -113,7 +114,7 @@ def test_hooks_are_those_that_the_settings_ask_for():
 def test_a_full_disk_costs_the_events_and_is_told_by_the_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     events, log = Events(T.NO_HOOKS.restore_phase), Log()
-    events.on_start(T.Run(T.Settings(run_id="a"), None, events, log))
+    events.on_start(T.Run(T.Settings(run_id="a"), torch.device("cpu"), events, log))
     for _ in range(2):  # there is no folder
         events.on_event("step", {})
     assert "No such file" in log.lost and not list(tmp_path.iterdir())

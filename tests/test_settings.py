@@ -309,8 +309,6 @@ def test_help_prints_every_setting_with_its_default(tmp_path):
         default, said = line.split("  ")
         assert values({name: default}) == values({}) and default == T.show(T.FIELDS[name].default)
         assert said == f"{T.FIELDS[name].metadata['help']} ({T.allowed(T.FIELDS[name])})"
-    groups = re.findall(r"^(\S.*):\n  [A-Z0-9_]+=", result.out, re.M)
-    assert groups == [f.metadata["group"] for f in T.FIELDS.values() if f.metadata["group"]] and groups
 
 
 def test_what_help_says_is_allowed_is_what_is_parsed():
@@ -361,3 +359,11 @@ def test_an_argument_is_an_error(tmp_path, argument):
         and "--help" in err
         and err.count("\n") == 1
     )
+
+
+def test_no_setting_makes_a_variable_of_the_machine_a_misspelt_one(monkeypatch):
+    """A setting CUDA_GRAPHS would otherwise stop every run that has CUDA_VISIBLE_DEVICES."""
+    assert {"CUDA", "NCCL", "TORCH"} <= T.COMMON_PREFIXES
+    for name in ("CUDA_GRAPHS", "NCCL_TREES", "TORCH_DETERMINISTIC"):
+        monkeypatch.setitem(T.FIELDS, name, T.FIELDS["SEED"])
+    T.check_spelling(["CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "TORCH_LOGS", "TORCHELASTIC_RUN_ID"])

@@ -109,7 +109,11 @@ def test_a_caches_copy_goes_on_on_its_own():
         assert length_of(cache) == 0
         model(start, tokens[:, 1:25], context=model.context(24, cache))
     assert length_of(cache) == 24
-    copy, slots, values = cache.copy(), list(cache.slots), [slot.clone() for slot in cache.slots]
+    copy, slots, values = (
+        T.KVCache(list(cache.slots)),
+        list(cache.slots),
+        [slot.clone() for slot in cache.slots],
+    )
     first = read(cache, 24)
     assert length_of(cache) == length_of(copy) == 24
     assert all(own is kept for own, kept in zip(copy.slots, slots, strict=True))

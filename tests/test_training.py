@@ -286,6 +286,18 @@ def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step):
     assert kept.state["done"] == step and again.elapsed > kept.state["elapsed"] * (step < 8)
 
 
+@pytest.mark.parametrize(
+    "extra, passes", [({}, 4), (dict(EMA_ENABLED=0), 3), (dict(EMA_ENABLED=0, SWA_ENABLED=0), 2)]
+)
+def test_the_time_that_is_kept_is_that_of_the_candidates(folder, monkeypatch, extra, passes):
+    """A pass over the held-out text for each, one to spare, and one and a half calibrations."""
+    trainer, now = trainer_of(folder, WARMUP_STEPS=0, **extra), [0.0]
+    monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer.holdout_loss = lambda: now.__setitem__(0, now[0] + 10)
+    trainer.calibrate = lambda: now.__setitem__(0, now[0] + 1000)
+    assert trainer.warm_up() == passes * 10 + 1500
+
+
 def test_a_state_is_of_the_shards_it_was_made_with(folder):
     state = trainer_of(folder).state_dict()
     with pytest.raises(T.RunError, match="train shards of .* tokens, not"):

@@ -23,6 +23,15 @@ from tools.runlog import RunLog, read_log
 from train_gpt import FIELDS, RunError, allowed, show, write_atomically
 
 NOT_MEASURED = "not measured"
+GROUPS = {  # first setting of each
+    "DATA_PATH": "Data",
+    "RUN_ID": "Run",
+    "NUM_LAYERS": "Model",
+    "MATRIX_LR": "Optimizers",
+    "EMA_ENABLED": "Averages and rounding",
+    "EVAL_SEQ_LEN": "Scoring",
+    "TTT_ENABLED": "Test-time training",
+}
 AVERAGES = {"raw": "raw: the last step's", "ema": "EMA", "swa": "SWA"}
 
 
@@ -30,8 +39,8 @@ def settings_part() -> str:
     """Returns what --help says, as a table for each group."""
     groups: dict[str, list[list[str]]] = {}
     for name, f in FIELDS.items():
-        if f.metadata["group"]:
-            rows = groups.setdefault(f.metadata["group"], [])
+        if name in GROUPS:
+            rows = groups.setdefault(GROUPS[name], [])
         default = f"`{show(f.default)}`" if show(f.default) else "empty"
         rows.append([f"`{name}`", default, allowed(f), code(f.metadata["help"])])
     header = ["setting", "default", "allowed", "meaning"]

@@ -82,7 +82,7 @@ def replaced(tokens: Tensor, last: int, vocab_size: int, choice: random.Random) 
 def read_again(read: T.Read, at: Tensor, cache: T.KVCache | None, **changes: Any) -> Tensor:
     """Returns the losses (B, T) of a read with other positions, past and attributes of its scorer."""
     scorer = variant(read.scorer, hooks=T.NO_HOOKS, **changes)
-    return scorer.read(at, read.matrices, cache and cache.copy(), read.ranks).losses.detach()
+    return scorer.read(at, read.matrices, cache and T.KVCache(list(cache.slots)), read.ranks).losses.detach()
 
 
 def differing(one: Tensor, other: Tensor, at: Tensor, known: Tensor) -> list[int]:

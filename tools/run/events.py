@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_gpt import FIELDS, Hooks, Run, rank, show
+import torch
+import torch.distributed as dist
+
+from train_gpt import FIELDS, Hooks, Run, rank, show, world_size
 
 
 def drop_torn_line(path: Path) -> None:
@@ -29,8 +32,12 @@ class Events(Hooks):
         self.full = False
 
     def on_start(self, run: Run) -> None:
-        """Keep the run, whose name is known now."""
+        """Keep the run, whose name is known now, and which GPUs all ranks have."""
         self.run = run
+        own = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+        self.devices = [own] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(self.devices, own)
 
     def prepare(self) -> Path:
         """Make way for the first event and return the file's path. Raises OSError."""
@@ -50,6 +57,8 @@ class Events(Hooks):
             texts = {name: show(getattr(s, name.lower())) for name in FIELDS}
             changed = [name for name, f in FIELDS.items() if texts[name] != show(f.default)]
             values = values | {"settings": texts, "changed": changed}
+        if name == "machine" and len(set(self.devices)) > 1:
+            values = values | {"hardware": " + ".join(self.devices)}
         line = json.dumps({"event": name, "time": round(time.perf_counter() - self.start, 3)} | values)
         try:
             self.path = self.path or self.prepare()
