@@ -593,6 +593,7 @@ def test_the_end_of_a_run_writes_and_logs_what_was_found(here, scorer):
     run.log.outputs.clear()
     evaluation = Planted(scorer=scorer).evaluation(run)
     hooks.on_scoring(evaluation)
+    Path("logs/notes.txt").write_text("opened while scoring", "utf-8")
     evaluation.run()
     error = ""
     try:
@@ -602,6 +603,7 @@ def test_the_end_of_a_run_writes_and_logs_what_was_found(here, scorer):
     found = json.loads(Path("logs/tiny.audit.json").read_text("utf-8"))
     assert error == ("audit: " + "; ".join(found["violations"]) if found["violations"] else "")
     assert bool(error) == (scorer is ScoresLess)
+    assert "logs/notes.txt" in found["opened"], "named from the working folder, not by this machine's path"
     name, values = lines.events[-1]
     assert (name, values) == ("audit", dict(violations=len(found["violations"]), share=found["share"]))
 

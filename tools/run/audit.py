@@ -672,7 +672,8 @@ class Audit(T.Hooks):
         files = dict.fromkeys(opened, "was opened") | dict.fromkeys(still_open(), "is still open")
         wrong = [f"a file of no use to scoring {how}: {p}" for p, how in files.items() if is_forbidden(p, s)]
         system = (sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys")
-        own = {path for path in opened if not path.startswith(system)}
+        here = os.getcwd() + os.sep
+        own = {path.removeprefix(here) for path in opened if not path.startswith(system)}
         every = gather((wrong, own, self.spent / elapsed))
         failed = self.failed + [("files", line) for wrong, _, _ in every for line in wrong]
         return {
