@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from test_runlog import PRINTED, make_log
+from test_runlog import PRINTED, committed, make_log
 
 from tools import readme
 from tools.common.tables import code, table
@@ -373,10 +372,7 @@ def test_a_demo_that_did_not_finish_is_refused(folder):
 
 def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs(tmp_path):
     """With the log as it was committed: `make demo` writes it anew."""
-    committed = subprocess.run(
-        ["git", "show", "HEAD:./logs/demo.txt"], cwd=ROOT, capture_output=True, text=True
-    )
-    text = committed.stdout if committed.returncode == 0 else (ROOT / "logs/demo.txt").read_text("utf-8")
+    text = committed("logs/demo.txt")
     (tmp_path / "demo.txt").write_text(text, "utf-8")
     readme.main(
         [

@@ -5,6 +5,7 @@ challenge's.
 import hashlib
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from train_gpt import FIELDS, RunError, show
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 SOURCE = Path(train_gpt.__file__).read_text("utf-8")
+
+
+def committed(path):
+    """The text of a file of this project as it was committed, if it was: `make demo` writes its logs anew."""
+    command = ["git", "show", f"HEAD:./{path}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return found.stdout if found.returncode == 0 else (ROOT / path).read_text("utf-8")
+
+
 CHANGED = {
     "RUN_ID": "sketch",
     "SEED": "7",
@@ -27,7 +37,8 @@ CHANGED = {
     "ARTIFACT_PATH": "/a folder/sketch.bin",
 }
 PRINTED = """\
-machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 python:3.12.3
+machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 \
+python:3.12.3 hooks:watch,audit
 data parameters:3327044 validation_tokens:120001 training_tokens:3967231
 warm_up reserve:10337 took:24.2
 step:0/20000 val_loss:6.9310 val_bpb:3.8816 train_time:0ms step_avg:0.00ms
@@ -172,6 +183,18 @@ def test_each_line_is_the_event_that_it_stands_for():
     }
 
 
+def test_every_value_the_program_logs_is_known_by_its_name():
+    """One that is not would be taken for a part of the value before it."""
+    names = ["machine", "data", "warm_up", "swa", "late_qat", "chosen", "trained", "quantized", "audit"]
+    printed = events_of_text(committed("logs/demo.txt"))
+    written = [json.loads(line) for line in committed("logs/demo.jsonl").splitlines()]
+    for name in names:
+        [found], [event] = ([e for e in events if e["event"] == name] for events in (printed, written))
+        del event["time"]
+        assert found.keys() == event.keys()
+        assert all(found[key] == value for key, value in event.items() if isinstance(value, str))
+
+
 def test_names_and_values_are_an_events_line_too():
     events = events_of_text(make_log())
     own = ("settings", "step", "validation", "stage", "size", "ttt_chunk", "progress")
@@ -183,7 +206,7 @@ def test_names_and_values_are_an_events_line_too():
     assert (
         any(
             line == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 "
-            "torch:2.9.1+cu128 python:3.12.3"
+            "torch:2.9.1+cu128 python:3.12.3 hooks:watch,audit"
             for line in written.values()
         )
         and len(written) == 12

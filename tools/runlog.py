@@ -27,7 +27,7 @@ SCORED_STAGES = {
     "streaming": StreamingMode.stage,
     "ttt": "legal_ttt",
 }
-TEXTS = {"hardware", "attention", "torch", "python", "average", "stage", "message", "source_sha256"}
+TEXTS = {"hardware", "attention", "torch", "python", "hooks", "average", "stage", "message", "source_sha256"}
 NUMBERS = {
     "processes",
     "parameters",
