@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import train_gpt as T
 from tools.common.cli import Parser
+from tools.common.weights import tables_on
 from tools.run.audit import CHECKS, Audit
 
 SAME = ("artifact", "code", "scores", "epochs")  # is compared with the run's own audit
@@ -37,10 +38,8 @@ def audit_artifact(path: Path, environ: Mapping[str, str], device: torch.device)
     audit = Audit(s, whole_text=True)
     run = T.Run(s, device, audit)
     run.log.outputs.clear()
-    tokenizer, fingerprint = T.load_tokenizer(s.tokenizer_path, s.vocab_size)
+    tables, fingerprint = tables_on(device, s)
     tokens = T.validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len).to(device)
-    with device:
-        tables = T.byte_tables(tokenizer)
     model = T.load_for_scoring(artifact, path, run, T.choose_attention(device)[1], fingerprint)
     T.score_artifact(run, model, tokens, tables)
     return audit.finish()
