@@ -18,9 +18,8 @@ from tools.runlog import final_score, latest, read_events
 from train_gpt import RunError
 
 LEVEL = 0.01  # p-value below which a difference counts
-SAME_TEXT = (
-    1e-4  # relative difference of nats per token over bits per byte that rounding and a cut end explain
-)
+# Relative difference of nats per token over bits per byte that rounding and a cut end explain
+SAME_TEXT = 1e-4
 
 
 class Score(NamedTuple):

@@ -356,11 +356,8 @@ def draw_bars(
     from matplotlib.patches import Patch
 
     used, amounts = {}, {}
-    right = (
-        1.02
-        * max(max(sum(parts.values()), limit) for (_, parts), limit in zip(rows, limits, strict=False))
-        / unit
-    )
+    widest = max(max(sum(parts.values()), limit) for (_, parts), limit in zip(rows, limits, strict=False))
+    right = 1.02 * widest / unit
     for i, ((_, parts), limit) in enumerate(zip(rows, limits, strict=False)):
         left, free = 0, limit - sum(parts.values())
         for part, amount in (parts | ({"free": free} if free > 0 and parts else {})).items():

@@ -15,12 +15,9 @@ class Progress(Hooks):
     """Shows the share of a stage that is done and the seconds that are left of it."""
 
     def __init__(self) -> None:
-        self.stage, self.done, self.first = (
-            "",
-            0.0,
-            0.0,
-        )  # `first`: what was done when the stage was first heard of
-        self.start = self.last = 0.0  # when that was; when a line was last logged
+        self.stage, self.done = "", 0.0
+        self.first = self.start = 0.0  # what was done when the stage was first heard of; when that was
+        self.last = 0.0  # when a line was last logged
         self.bar: Any = None
         self.make_bar: Any = None
         if sys.stdout.isatty() and sys.stderr.isatty():
