@@ -27,12 +27,12 @@ help:
 
 demo: .venv/ready-tools
 	@echo "== building the demo data from this Python's standard library"
-	@$(BIN)/python -m tools.demo_data --out data/demo
+	@$(BIN)/python -m tools.data.demo_data --out data/demo
 	@echo "== training and scoring with the settings of tools/demo.env, two processes on the CPU"
 	@set -a && . tools/demo.env && OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train_gpt.py
 	@echo "== what the stages did"
-	@$(BIN)/python -m tools.demo_report logs/demo.txt
-	@$(BIN)/python -m tools.plot logs/demo.txt --out logs/demo.png
+	@$(BIN)/python -m tools.reports.summary logs/demo.txt
+	@$(BIN)/python -m tools.reports.plot logs/demo.txt --out logs/demo.png
 
 lint: .venv/ready-tools
 	$(BIN)/ruff format --check .
@@ -43,10 +43,10 @@ test: .venv/ready-tools
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 soak: .venv/ready-tools
-	TRIALS=60 $(BIN)/python -m pytest -v --no-header tests/test_checkpoint.py -k random | tee logs/soak.txt
+	TRIALS=60 $(BIN)/python -m pytest -v --no-header tests/tools/run/test_checkpoint.py -k random | tee logs/soak.txt
 
 readme: .venv/ready
-	$(BIN)/python -m tools.readme
+	$(BIN)/python -m tools.reports.docs
 
 clean:
 	rm -rf .venv data/demo

@@ -593,7 +593,7 @@ def report_progress(hooks: Hooks, stage: str, done: float) -> None:
 
 # ======== Tokens and bytes ========
 
-GET_DATA = "get data by `make demo` or `python -m tools.fineweb`"
+GET_DATA = "get data by `make demo` or `python -m tools.data.fineweb`"
 
 
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:

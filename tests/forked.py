@@ -28,10 +28,9 @@ def become(command, folder, environment, *outputs):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    ours = {str(ROOT / name) for name in ("", "tools", "tests")}
     module = command[0] == "-m"  # as if the project's root were in PYTHONPATH
     first = str(ROOT) if module else str(Path(command[0]).parent)
-    sys.path[:] = [first, *(path for path in sys.path if path not in ours)]
+    sys.path[:] = [first, *(path for path in sys.path if path != str(ROOT))]
     sys.argv[:] = command[1:] if module else command
     if module:
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

@@ -15,9 +15,9 @@ from unittest.mock import patch
 import numpy as np
 import sentencepiece
 import torch
-from forked import Process
 
 import train_gpt
+from tests.forked import Process
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 VOCAB_SIZE = 512

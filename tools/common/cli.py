@@ -15,7 +15,10 @@ ROOT = Path(T.__file__).resolve().parent
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose --help begins with the tool's docstring and whose errors are one line."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""
@@ -29,13 +32,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def fail(line: str, status: int = 2) -> NoReturn:
+    """End the process with a line and a status."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """End the process with a line for what the user can put right; end the group of processes in any case."""
+    """End the process with a line for what the user can put right, status 2, or for Ctrl-C, status 130; end
+    the group of processes in any case.
+    """
     try:
         yield
-    except (T.RunError, OSError) as e:
-        sys.exit(f"error: {e}")
+    except T.RunError as e:
+        fail(str(e))
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Weights to measure: an artifact's, or the unrounded ones that tools/keep_weights.py left."""
+"""Weights to measure: an artifact's, or the unrounded ones that tools/measure/keep_weights.py left."""
 
 import io
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: Path) -> Weights:
-    """Returns the weights in an artifact or a checkpoint of tools/keep_weights.py.
+    """Returns the weights in an artifact or a checkpoint of tools/measure/keep_weights.py.
 
     Raises RunError, OSError.
     """

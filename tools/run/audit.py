@@ -13,7 +13,7 @@ Checks by name:
     chunks     So are some chunks of test-time training, from the same weights and past: it shows what was
                learnt in secret.
     bytes      The targets' bytes are those of the text as SentencePiece decodes it, by documents and parts of
-               them: in a run as many random ones as its time allows, in tools/audit.py all.
+               them: in a run as many random ones as its time allows, in tools/reports/audit.py all.
     totals     Score, val_loss and val_bpb are those of what was recorded.
     files      No training shard, nor what else is beside the validation shards, is opened or still mapped.
 

@@ -1,0 +1,239 @@
+"""Turn text into token shards for train_gpt.py.
+
+    python -m tools.data.make_shards --tokenizer T.model --out data/mine \\
+        --val val.jsonl --train a.jsonl.xz b.txt
+
+A .txt file is one document; a .jsonl file has one document a line, under "text"; both may be compressed as
+.xz. Files are streamed, so they may be larger than memory, but no document may exceed MAX_DOCUMENT_BYTES.
+Every document is led by the BOS id. Shards cut the token stream wherever they are full, and appear together
+once all of them are complete.
+"""
+
+import argparse
+import json
+import lzma
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from tools.common.cli import Parser, ends_in_one_line
+from tools.common.shards import write_shard
+from train_gpt import RunError
+
+SPLITS = ("val", "train")
+SHARD_TOKENS = 100_000_000
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+MAX_VOCAB_SIZE = 2**16  # tokens are uint16
+MAX_DOCUMENT_BYTES = 2**26
+BATCH_CHARS = 2**22  # encoded at once, by all cores
+
+
+def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Returns the tokenizer.
+
+    Raises RunError for a missing or broken file, more tokens than uint16 holds, or no BOS.
+    """
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(path.read_bytes())
+    except (OSError, RuntimeError) as e:
+        raise RunError(f"tokenizer {path}: {getattr(e, 'strerror', 'not a SentencePiece model')}") from None
+    if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
+        raise RunError(
+            f"tokenizer {path}: {tokenizer.vocab_size()} tokens; a shard can hold {MAX_VOCAB_SIZE} at most"
+        )
+    if tokenizer.bos_id() < 0:
+        raise RunError(f"tokenizer {path}: has no BOS id, which has to lead every document")
+    return tokenizer
+
+
+def parse_record(line: bytes) -> str:
+    """Returns the "text" of one line of a .jsonl file. Raises ValueError saying what the line is not."""
+    try:
+        return json.loads(line.decode())["text"].encode().decode()
+    except UnicodeError:
+        raise ValueError("not valid Unicode in UTF-8") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError('not a JSON object with a string "text"') from None
+
+
+def read_file(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each document that is not empty, with the number of bytes read so far of the file as it lies on
+    disk.
+
+    Raises RunError for damaged xz data, text that is not UTF-8, a bad line, and a document that is too long.
+    """
+    with open(path, "rb") as file:
+        stream = lzma.open(file) if path.suffix == ".xz" else file  # noqa: SIM115 (closes nothing but `file`)
+        is_text = path.name.endswith((".txt", ".txt.xz"))
+        read, decode = (stream.read, bytes.decode) if is_text else (stream.readline, parse_record)
+        number = 0
+        try:
+            for number, data in enumerate(iter(lambda: read(MAX_DOCUMENT_BYTES + 1), b""), start=1):  # noqa: B007 (for the error)
+                if len(data) > MAX_DOCUMENT_BYTES:
+                    raise ValueError(f"a document of more than {MAX_DOCUMENT_BYTES:,} bytes; divide it")
+                if data.strip() and (text := decode(data)):
+                    yield text, file.tell()
+        except (lzma.LZMAError, EOFError):
+            raise RunError(f"{path}: damaged or truncated xz data; fetch it again") from None
+        except ValueError as e:
+            reason = f"not UTF-8 at byte {e.start:,}" if isinstance(e, UnicodeDecodeError) else e
+            raise RunError(f"{path}: {reason}" if is_text else f"{path}, line {number}: {reason}") from None
+
+
+class Progress:
+    """Says every few seconds how far a split is, how fast the files on disk are read, and how long it will
+    still take.
+    """
+
+    def __init__(self, split: str, paths: list[Path], every: float = 5.0) -> None:
+        self.split, self.paths, self.every = split, paths, every
+        self.total_bytes = sum(path.stat().st_size for path in paths)
+        self.bytes_read = 0
+        self.start = self.last = time.perf_counter()
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of all files in order."""
+        for path in self.paths:
+            before = self.bytes_read
+            for text, position in read_file(path):
+                self.bytes_read = before + position
+                yield text
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        """Tell it, if it is time."""
+        now = time.perf_counter()
+        if now - self.last >= self.every:
+            self.last, seconds = now, now - self.start
+            left = seconds * (self.total_bytes / self.bytes_read - 1)
+            print(
+                f"{self.split}: {documents:,} documents, {tokens:,} tokens, "
+                f"{self.bytes_read / 1e6 / seconds:.1f} MB/s, {left:.0f} s left",
+                flush=True,
+            )
+
+
+def take(documents: Iterator[str], chars: int) -> list[str]:
+    """Returns the next documents, until they hold that many characters or there are no more."""
+    batch = []
+    while chars > 0 and (text := next(documents, None)) is not None:
+        batch.append(text)
+        chars -= len(text)
+    return batch
+
+
+def encode(
+    documents: Iterable[str],
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    progress: Callable[[int, int], None],
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of batch after batch as uint16, each document led by BOS."""
+    left, documents_done, tokens_done = iter(documents), 0, 0
+    while batch := take(left, BATCH_CHARS):
+        encoded = tokenizer.encode(batch, add_bos=True, num_threads=os.cpu_count())
+        yield np.concatenate([np.array(ids, np.uint16) for ids in encoded])
+        documents_done += len(batch)
+        tokens_done += sum(map(len, encoded))
+        progress(documents_done, tokens_done)
+
+
+def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Yield the concatenation of arrays in pieces of the given length; the last may be shorter, none is
+    empty.
+    """
+    held = np.empty(0, np.uint16)
+    for array in arrays:
+        held = np.concatenate([held, array])
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]
+    if len(held):
+        yield held
+
+
+def write_shards(
+    documents: Iterable[str],
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    out_dir: Path,
+    split: str,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> int:
+    """Write out_dir/fineweb_SPLIT_%06d.bin with at most shard_tokens tokens each, and return the number of
+    tokens.
+
+    progress(documents, tokens) hears of every batch. Raises RunError if there are no documents.
+    """
+    total = 0
+    for index, tokens in enumerate(cut(encode(documents, tokenizer, progress), shard_tokens)):
+        write_shard(Path(out_dir) / f"fineweb_{split}_{index:06d}.bin", tokens)
+        total += len(tokens)
+    if not total:
+        raise RunError(f"{split}: the input holds no text")
+    return total
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Returns the shards in a folder."""
+    return [path for split in SPLITS for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises RunError for what would fail only after some work, or mix data that has to stay apart."""
+    for path in args.val + args.train:
+        if not path.is_file():
+            raise RunError(f"{path}: no such file")
+        if not path.name.endswith((".txt", ".jsonl", ".txt.xz", ".jsonl.xz")):
+            raise RunError(f"{path}: unknown kind of file; .txt, .jsonl, .txt.xz and .jsonl.xz can be read")
+    for path in {path.resolve() for path in args.val} & {path.resolve() for path in args.train}:
+        raise RunError(f"{path}: given for both --val and --train, which must not share text")
+    if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS:
+        raise RunError(f"--shard-tokens {args.shard_tokens}: allowed are 1 to {MAX_SHARD_TOKENS}")
+    if find_shards(args.out) and not args.force:
+        raise RunError(
+            f"{args.out}: holds shards already; choose another --out, or replace them with --force"
+        )
+
+
+def make_shards(args: argparse.Namespace) -> None:
+    """Do what the arguments say. Raises RunError, OSError."""
+    check_arguments(args)
+    tokenizer = load_tokenizer(args.tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=args.out) as unfinished:
+        for split, paths in zip(SPLITS, (args.val, args.train), strict=True):
+            progress = Progress(split, paths)
+            tokens = write_shards(
+                progress.documents(), tokenizer, unfinished, split, args.shard_tokens, progress
+            )
+            print(f"{split}: {tokens:,} tokens in {time.perf_counter() - progress.start:.1f} s", flush=True)
+        for path in find_shards(args.out):
+            path.unlink()
+        for path in find_shards(Path(unfinished)):
+            os.replace(path, args.out / path.name)
+            print(args.out / path.name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Turn text into shards."""
+    parser = Parser(__doc__)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--val", type=Path, nargs="+", required=True, metavar="FILE", help="validation text")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="training text")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in a shard (%(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the shards in the folder")
+    args = parser.parse_args(argv)
+    with ends_in_one_line():
+        make_shards(args)
+
+
+if __name__ == "__main__":
+    main()

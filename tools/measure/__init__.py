@@ -1,0 +1,1 @@
+"""Measures speed, and compares quantizers and ways to score."""

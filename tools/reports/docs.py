@@ -1,0 +1,267 @@
+"""Write the generated parts of README.md.
+
+    python -m tools.reports.docs           # after a change of a setting, `make demo` or a measurement
+    python -m tools.reports.docs --check   # change nothing; fail if README.md is not up to date
+
+They are the table of settings, that of the demo from logs/demo.txt, that of speed from what
+tools.measure.bench left in logs/*.jsonl, that of quantizers from logs/quantizers.json by
+tools.measure.quant_report, and that of ways to score from logs/bench_eval.json by tools.measure.bench_eval.
+
+A part stands between the lines `<!-- generated: settings -->`, or demo, speed, quantizers or scoring, and
+`<!-- end -->`.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from tools.common.cli import ROOT, Parser, ends_in_one_line
+from tools.common.tables import code, table
+from tools.measure.bench_eval import scoring_report
+from tools.reports.runlog import RunLog, read_log
+from train_gpt import FIELDS, RunError, allowed, show, write_atomically
+
+NOT_MEASURED = "not measured"
+GROUPS = {  # first setting of each
+    "DATA_PATH": "Data",
+    "RUN_ID": "Run",
+    "NUM_LAYERS": "Model",
+    "MATRIX_LR": "Optimizers",
+    "EMA_ENABLED": "Averages and rounding",
+    "EVAL_SEQ_LEN": "Scoring",
+    "TTT_ENABLED": "Test-time training",
+}
+AVERAGES = {"raw": "raw: the last step's", "ema": "EMA", "swa": "SWA"}
+
+
+def settings_part() -> str:
+    """Returns what --help says, as a table for each group."""
+    groups: dict[str, list[list[str]]] = {}
+    for name, f in FIELDS.items():
+        if name in GROUPS:
+            rows = groups.setdefault(GROUPS[name], [])
+        default = f"`{show(f.default)}`" if show(f.default) else "empty"
+        rows.append([f"`{name}`", default, allowed(f), code(f.metadata["help"])])
+    header = ["setting", "default", "allowed", "meaning"]
+    return "\n\n".join(f"**{title}**\n\n{table(header, rows)}" for title, rows in groups.items())
+
+
+def demo_part(log: RunLog) -> str:
+    """The scores of a run stage by stage.
+
+    Changes are differences of the rounded scores, so that the columns agree.
+    """
+    s, training = log.settings, log.stages["training"]
+    titles = {
+        "training": "end of training",
+        "averaged": f"averaged weights ({AVERAGES.get(log.chosen, log.chosen)})",
+        "roundtrip": "artifact, read back",
+        "sliding": f"sliding windows, stride {s['EVAL_STRIDE']}",
+        "streaming": "streaming, each position once",
+        "ttt": "score-first TTT",
+    }
+    rows, before = [], None
+    for name, stage in log.stages.items():
+        bpb = round(stage.val_bpb, 4)
+        change = "" if before is None else f"{bpb - before:+.4f}"
+        rows.append(
+            [
+                titles[name],
+                f"{bpb:.4f}",
+                re.sub("[+-](0.0000)", r"\1", change),
+                f"{stage.seconds:.1f}",
+                f"{stage.peak_mib:,}",
+            ]
+        )
+        before = bpb
+    tokens = int(s["TRAIN_BATCH_TOKENS"])
+    speed = f" at {log.steps * tokens / training.seconds:,.0f} tokens per second" if training.seconds else ""
+    header = ["stage", "val_bpb", "change", "seconds", "peak memory (MiB)"]
+    where = f"{log.hardware}, torch {log.torch}, Python {log.python}"
+    size = f"{log.bytes_total:,} bytes, {log.bytes_code:,} of them code"
+    notes = [
+        f"{log.steps:,} steps of {tokens:,} tokens{speed}, on {where}.",
+        f"The model has {log.parameters:,} parameters; the submission takes {size}.",
+        "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the "
+        "averages;",
+        "peak memory is the first process's since its start.",
+    ]
+    return table(header, rows, right=4) + "\n\n" + "\n".join(notes)
+
+
+def bench_results(folder: Path) -> list[dict]:
+    """The figures in folder/*.jsonl, where events of runs lie too. Raises RunError."""
+    results = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            try:
+                found = json.loads(line)
+                if "event" in found:
+                    break  # the events of a run
+                results += [found] if speed_row(found) or found["bench"] else []
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise RunError(
+                    f"{path}, line {number}: no figures of tools.measure.bench; measure again"
+                ) from None
+    return results
+
+
+def speed_row(found: dict) -> tuple[str, str] | None:
+    """Machine and attention kernel, if the figures are for the table: of training, scoring or TTT at the
+    record's size.
+    """
+    where = {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "RUN_ID", "WARMUP_STEPS", "MICRO_BATCH_TOKENS"}
+    if found["settings"].keys() - where or found["bench"] not in ("train", "score", "ttt"):
+        return None
+    count = "one" if found["processes"] == 1 else f"{found['processes']} x"
+    return f"{count} {found['machine'].removeprefix('NVIDIA ')}", found["attention"]
+
+
+def speed_part(results: list[dict]) -> str:
+    """A row for each machine and attention kernel, of the fastest results; one H200 is there in any case."""
+    fastest = {}
+    for found in sorted(results, key=lambda found: found.get("tokens_per_second", 0)):
+        if row := speed_row(found):
+            fastest.setdefault(row, {})[found["bench"]] = found
+    if not any(machine == "one H200" for machine, _ in fastest):
+        fastest["one H200", NOT_MEASURED] = {}
+    rows = []
+    for (machine, attention), found in sorted(fastest.items()):
+        train, score, ttt = (found.get(name) for name in ("train", "score", "ttt"))
+        step = train and 1000 * 786_432 * train["processes"] / train["tokens_per_second"]
+        cells = (
+            train and f"{step:,.1f}",
+            train and f"{train['tokens_per_second']:,.0f}",
+            train and f"{train['share_of_peak']:.1%}",
+            score and f"{score['tokens_per_second']:,.0f}",
+            ttt and f"{ttt['seconds_per_million_tokens']:.2f}",
+            train and f"{train['peak_memory_mib']:,}",
+        )
+        rows.append([machine, attention, *(cell or NOT_MEASURED for cell in cells)])
+    return table(
+        [
+            "machine",
+            "attention kernel",
+            "ms per 786,432-token step per GPU",
+            "tokens/s",
+            "share of peak",
+            "scoring tokens/s",
+            "TTT seconds per million tokens",
+            "peak memory (MiB)",
+        ],
+        rows,
+        right=6,
+    )
+
+
+def quantizers_part(path: Path) -> str:
+    """Loss against bytes, from the figures of tools.measure.quant_report. Raises RunError, OSError."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        rows, best, group = [], [], []
+        for point in found["points"]:
+            if point["method"] == "rtn+lzma":
+                record = group = point
+                best += [point]
+            elif group["bytes"] < point["bytes"] or point["bytes"] < 0.99 * group["bytes"]:
+                continue  # beyond the last size of the record's
+            rows.append(
+                [
+                    f"`{point['method']}`",
+                    f"{point['bytes']:,}",
+                    f"{point['gap']:+.5f} ± {point['gap_error']:.5f}",
+                    f"{point['kl']:.5f}",
+                    f"{point['kl'] / record['kl']:.3f}",
+                ]
+            )
+        saved = [f"{point['saved_at_kl']:.1%}" for point in best if point["saved_at_kl"] is not None]
+        return "\n".join(
+            [
+                table(
+                    [
+                        "stored as",
+                        "bytes",
+                        "loss above the unrounded weights' (nats per token)",
+                        "KL from them (nats per token)",
+                        "of `rtn+lzma`'s",
+                    ],
+                    rows,
+                    right=4,
+                ),
+                "",
+                f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is "
+                f"{found['loss']:.4f}. Where it loses as much (by KL), `gptq+ans` takes "
+                f"{' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`.",
+            ]
+        )
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path}: no figures of tools.measure.quant_report ({e}); measure again") from None
+
+
+def scoring_part(path: Path) -> str:
+    """Ways to score side by side, from the figures of tools.measure.bench_eval. Raises RunError, OSError."""
+    try:
+        return scoring_report(json.loads(path.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise RunError(f"{path}: no figures of tools.measure.bench_eval ({e}); measure again") from None
+
+
+def replace_part(text: str, name: str, body: str, path: Path) -> str:
+    """Raises RunError unless the part's opening line is there once and an end follows it before another part
+    opens.
+    """
+    opening = re.split(rf"^(<!-- generated: {name} -->\n)", text, flags=re.MULTILINE)
+    if len(opening) != 3:
+        raise RunError(
+            f"{path}: has the line `<!-- generated: {name} -->` {len(opening) // 2} times; "
+            "it must have it once"
+        )
+    end = re.search(r"^<!-- (end|generated: \w+) -->$", opening[2], re.MULTILINE)
+    if not end or end[1] != "end":
+        raise RunError(
+            f"{path}: no line `<!-- end -->` closes the part `{name}`; add it where the part is to end"
+        )
+    return f"{opening[0]}{opening[1]}\n{body}\n\n{opening[2][end.start() :]}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the parts."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if the file is not up to date"
+    )
+    for option, place, what in (
+        ("--readme", "README.md", "file to write"),
+        ("--log", "logs/demo.txt", "log of the demo"),
+        ("--bench", "logs", "folder of the figures of tools.measure.bench"),
+        ("--quantizers", "logs/quantizers.json", "figures of tools.measure.quant_report"),
+        ("--scoring", "logs/bench_eval.json", "figures of tools.measure.bench_eval"),
+    ):
+        default = Path(os.path.relpath(ROOT / place))
+        parser.add_argument(option, type=Path, default=default, help=f"{what} (%(default)s)")
+    args = parser.parse_args(argv)
+    with ends_in_one_line():
+        old = new = args.readme.read_text("utf-8")
+        stale = []
+        for name, body in {
+            "settings": settings_part(),
+            "demo": demo_part(read_log(args.log)),
+            "speed": speed_part(bench_results(args.bench)),
+            "quantizers": quantizers_part(args.quantizers),
+            "scoring": scoring_part(args.scoring),
+        }.items():
+            before, new = new, replace_part(new, name, body, args.readme)
+            if new != before:
+                stale.append(name)
+        if args.check and stale:
+            raise RunError(
+                f"{args.readme}: not up to date ({' and '.join(stale)}); run `python -m tools.reports.docs`"
+            )
+        if new != old:
+            write_atomically(args.readme, new.encode())
+        print(f"{args.readme}: " + (f"wrote {' and '.join(stale)}" if stale else "up to date"))
+
+
+if __name__ == "__main__":
+    main()
