@@ -4,11 +4,6 @@ tools/measure/gpu_checks.sh runs.
 
 import gzip
 import json
-import lzma
-import os
-import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt as T
 from tests import commands
 from tests.helpers import BASE, random_batch, settings, write_shards
-from tests.tiny import text, train_tokenizer
 from tools.measure import bench, kernels
 
 ROOT = Path(T.__file__).resolve().parent
@@ -78,6 +72,7 @@ def check_speed(found):
     assert found["recompilations"] == found["graph_breaks"] == 0
 
 
+@pytest.mark.slow
 def test_train(capsys, tmp_path):
     trace = tmp_path / "trace.json.gz"
     found = run_json(capsys, "train", "--steps", "3", "--profile", str(trace))
@@ -102,6 +97,7 @@ def test_score(capsys):
     assert found["flop_per_token"] == 32 / 8 * (2 * weights + 2 * 3 * 32 * 32)
 
 
+@pytest.mark.slow
 def test_ttt(capsys):
     found = run_json(capsys, "ttt", "--steps", "3")
     check_common(found, "ttt")
@@ -338,63 +334,7 @@ def test_bad_arguments_give_one_line(capsys, monkeypatch, arguments, environment
     assert fails(*arguments).startswith(told)
 
 
-# The checks on a GPU
-
-
-@pytest.fixture
-def checks(tmp_path):
-    """A copy of the program, and a function that runs gpu_checks.sh there at its tiny size."""
-    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train_gpt.py", tmp_path)
-    train_tokenizer(tmp_path / "tokenizer.model")
-    for name in ("train", "val"):
-        with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt") as file:
-            file.writelines(json.dumps({"text": part}) + "\n" for part in text().split("\n\n"))
-
-    def run(*arguments, **environment):
-        kept = {name: value for name, value in os.environ.items() if name not in T.FIELDS}
-        ours = {
-            "CORPUS": tmp_path,
-            "TOKENIZER": tmp_path / "tokenizer.model",
-            "PYTHON": sys.executable,
-            "DRY": 1,
-            "VOCAB_SIZE": 512,
-        }
-        environment = {name: str(value) for name, value in (kept | ours | environment).items()}
-        return subprocess.run(
-            [tmp_path / "tools/measure/gpu_checks.sh", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            capture_output=True,
-        )
-
-    return run
-
-
-def test_the_bring_up_on_a_gpu_runs_on_a_cpu_too(checks, tmp_path):
-    result = checks("1", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    log = (tmp_path / "out/dry_bringup.txt").read_text()
-    assert log.startswith("settings: ") and " validation_tokens:3001 " in log
-    assert log.splitlines()[-1].startswith("legal_ttt_exact val_loss:")
-
-
-@pytest.mark.parametrize(
-    "arguments, environment, told",
-    [
-        (["5"], {}, "usage: "),
-        ([], {}, "usage: "),
-        (["1"], {"CORPUS": "nowhere"}, "CORPUS=nowhere: no folder"),
-        (["1"], {"TOKENIZER": "nowhere"}, "TOKENIZER=nowhere: no such file"),
-    ],
-)
-def test_checks_without_their_data_give_one_line(checks, arguments, environment, told):
-    result = checks(*arguments, **environment)
-    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(f"error: {told}")
-    assert result.stderr.count("\n") == 1
-
-
+@pytest.mark.slow
 def test_streaming_is_measured_too(capsys, monkeypatch):
     monkeypatch.setenv("EVAL_MODE", "streaming")
     weights = 3 * 7168 + 64 * 32 + 32 * 16 + 16 * 8

@@ -8,14 +8,14 @@ import pytest
 
 from tests import commands
 from tests.tools.reports.test_runlog import CHALLENGE, PRINTED, SOURCE, json_lines, make_events, make_log
-from tools.reports import plot
+from tools.reports import curves, plot
 from tools.reports.runlog import events_of_text
 
 CODE = len(SOURCE.encode())
 
 
 def drawn(text: str | None = None, events: list[dict] | None = None) -> dict:
-    return plot.curves(events_of_text(text) if events is None else events)
+    return curves.curves(events_of_text(text) if events is None else events)
 
 
 def steps(*events: tuple[int, float, float]) -> list[dict]:
@@ -89,7 +89,7 @@ def test_a_run_that_goes_on_is_drawn_and_numbers_that_are_none_are_left_out():
         and not run["scores"]
         and run["training"] == {"steps": 0.2}
     )
-    assert plot.is_empty(drawn("prose\n")) and not plot.is_empty(run)
+    assert curves.is_empty(drawn("prose\n")) and not curves.is_empty(run)
 
 
 def run_plot(*arguments) -> str:
@@ -108,6 +108,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["text.txt"], ["text.txt", "events.jsonl", "challenge.log"]])
 def test_one_png_of_any_number_of_logs_always_the_same(folder, names):
     out = folder / f"{len(names)}.png"
@@ -129,7 +130,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(folder, tmp_path, monkeyp
         assert not [*tmp_path.iterdir()]
         return line
 
-    assert f"{empty}: nothing to plot" in fails(good, empty, "--out", out)
+    assert f"{empty}: nothing to show" in fails(good, empty, "--out", out)
     assert "cannot be read" in fails(folder / "absent.txt", "--out", out)
     assert "must end in .png" in fails(good, "--out", tmp_path / "a.txt")
     assert "there is no folder" in fails(good, "--out", tmp_path / "b/a.png")
@@ -140,8 +141,8 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(folder, tmp_path, monkeyp
 
 
 def test_looks_can_be_told_apart_in_colour_and_in_grey():
-    for looks in zip(*plot.LOOKS, strict=False):
-        assert len({*looks}) == len(plot.LOOKS)
-    parts = [*plot.PARTS]
+    for looks in zip(*curves.LOOKS, strict=False):
+        assert len({*looks}) == len(curves.LOOKS)
+    parts = [*curves.PARTS]
     for panel in (parts[: parts.index("code")] + ["free"], parts[parts.index("code") :]):
-        assert len({plot.PARTS[part] for part in panel}) == len(panel)
+        assert len({curves.PARTS[part] for part in panel}) == len(panel)
