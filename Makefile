@@ -3,13 +3,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 
-.PHONY: help demo lint test soak readme clean
+.PHONY: help demo lint test test-fast coverage soak docs clean
 help:
 	@echo "make demo    train, quantize and score a small model on this machine's CPU, in about four minutes"
 	@echo "make lint    check form, names, types and docstrings"
 	@echo "make test    run the tests, in a few minutes"
+	@echo "make test-fast  run those that need less than 40 seconds together"
+	@echo "make coverage  run the tests and say which lines of train_gpt.py they ran"
 	@echo "make soak    kill and resume sixty runs at random moments, in about ten minutes"
-	@echo "make readme  renew the generated parts of README.md from --help and logs/demo.txt"
+	@echo "make docs    renew the generated parts of README.md and docs/"
 	@echo "make clean   remove .venv and the demo data"
 
 .venv/ready: requirements.txt
@@ -42,10 +44,19 @@ test: .venv/ready-tools
 	@echo "== running the tests"
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
+test-fast: .venv/ready-tools
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+
+coverage: .venv/ready-tools
+	@rm -rf data/coverage && mkdir -p data/coverage
+	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile tests
+	@$(BIN)/coverage combine -q
+	$(BIN)/coverage report -i --include=train_gpt.py | tee logs/coverage.txt
+
 soak: .venv/ready-tools
 	TRIALS=60 $(BIN)/python -m pytest -v --no-header tests/tools/run/test_checkpoint.py -k random | tee logs/soak.txt
 
-readme: .venv/ready
+docs: .venv/ready-tools
 	$(BIN)/python -m tools.reports.docs
 
 clean:

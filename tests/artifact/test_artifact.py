@@ -83,6 +83,7 @@ def test_frequencies_sum_up_however_many_integers_there_are():
             assert np.abs(frequency[0] / 2**T.PRECISION - counts / n).max() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deviation", [3, 6, 12])
 def test_rans_is_within_a_thousandth_of_constriction_and_half_a_percent_of_the_entropy(deviation):
     n, random = 3_000_000, np.random.default_rng(0)
@@ -127,6 +128,7 @@ def test_one_certain_symbol_takes_no_bits():
     assert len(code) == 4 * T.lanes_of(50_000)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_the_artifact_takes(large):
     for knob in (0.5, 1.0, 4.0, 32.0):
         stored = large.quantized(knob)
@@ -173,6 +175,7 @@ def test_integers_of_all_sizes_are_kept():
     assert all(torch.equal(found[name], t) for name, t in stored.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp_mult, bits", [(1, [5]), (3, [4, 2]), (6, [1])])
 def test_the_export_lands_just_under_a_limit_that_binds(mlp_mult, bits):
     """Whatever the model's size: more weights are coarser weights."""
@@ -182,6 +185,7 @@ def test_the_export_lands_just_under_a_limit_that_binds(mlp_mult, bits):
         assert limit - 20_000 < len(calibrated.export(limit)) <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knob", [1.0, 1.5])
 def test_the_export_is_no_finer_than_matrix_step(large, knob):
     assert large.export(10**8, knob) == T.pack_artifact(large.s, "", large.quantized())
@@ -208,6 +212,7 @@ def test_every_altered_byte_is_refused(artifact):
         assert refused(bytes(altered)), i
 
 
+@pytest.mark.slow
 def test_mutations_behind_a_right_checksum_end_in_an_error_or_in_a_model_of_the_right_form(artifact):
     """As a forger would make them: bytes altered, dropped, doubled, in header and code."""
     random, good = np.random.default_rng(0), T.unpack_artifact(artifact, "x.bin").stored

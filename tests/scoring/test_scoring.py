@@ -260,6 +260,7 @@ def chunk_tokens(sequences, seed=0):
     return torch.as_tensor(made_up_tokens(16 * sequences + 1, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("muon", [0, 1])
 def test_ttt_scores_no_target_with_knowledge_of_a_later_token(muon):
     def nll_of(stream):
@@ -375,6 +376,7 @@ def test_rehearsing_on_made_up_tokens_leaves_no_trace(muon):
     assert same(found[0][1], found[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("muon", [0, 1])
 @pytest.mark.parametrize("mode", ["sliding", "streaming"])
 def test_ttt_goes_on_from_its_state_as_if_it_had_not_ended(mode, muon):
@@ -418,6 +420,7 @@ class StopIn(T.Hooks):
         return in_loop and self.state is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sliding", "streaming"])
 def test_an_evaluation_goes_on_from_its_state(mode):
     """Stages that are done are not scored again, and the clock goes on."""

@@ -159,6 +159,7 @@ def test_every_target_is_scored_once_in_lanes(window, segment):
         assert scored == list(range(n))
 
 
+@pytest.mark.slow
 def test_a_lanes_first_window_is_enough_context():
     """The lanes' scores are those of one lane, but for what lies before a window of context."""
     s, tokens = settings(EVAL_SEQ_LEN=16), torch.as_tensor(made_up_tokens(2001))
@@ -171,6 +172,7 @@ def test_a_lanes_first_window_is_enough_context():
     assert (one.nll - many.nll).mean().abs() < 1e-3
 
 
+@pytest.mark.slow
 def test_positions_stay_small_in_a_long_stream():
     """A text that repeats itself is scored alike wherever one is in it, and no rotation goes beyond window
     and segment."""
@@ -228,6 +230,7 @@ def test_without_a_step_ttt_scores_as_one_stream():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("muon", [0, 1])
 def test_ttt_scores_no_target_with_knowledge_of_a_later_token(muon):
     def nll_of(stream):
@@ -335,6 +338,7 @@ def test_learning_while_streaming_helps():
     assert ttt.val_loss < plain.val_loss - 1
 
 
+@pytest.mark.slow
 def test_a_stream_compiles_once_for_its_start_and_once_for_the_rest():
     """On a GPU each graph costs part of the time; a run's warm-up makes both."""
     tokens, found, codes = made_up_tokens(24 + 5 * 16 + 1), [], []
@@ -437,6 +441,7 @@ def test_scoring_is_never_skipped_even_if_time_is_short_for_it_alone():
     assert seconds <= 10 + 26
 
 
+@pytest.mark.slow
 def test_the_clock_is_read_at_some_200_chunks_only():
     sizes = dict(EVAL_SEQ_LEN=8, TTT_CHUNK_TOKENS=8, NUM_LAYERS=1, VE_LAYERS="0", TTT_MUON=0)
     s, clock = settings(**STREAMING | sizes), Told()

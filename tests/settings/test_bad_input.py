@@ -391,16 +391,19 @@ def test_an_intact_artifact_put_together_again_is_scored(scored, trained):
     assert tiny.run(scored, **EVAL_ONLY).out.splitlines()[-1] == trained[1].out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_one_line(folder):
     result = tiny.run_process(folder, SWA_EVRY=3)
     assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
     assert message_of(result).startswith("SWA_EVRY ") and "the nearest is SWA_EVERY" in result.err
 
 
+@pytest.mark.slow
 def test_three_processes_are_refused_by_each(folder):
     assert "1, 2, 4 or 8" in errors_of(folder, world_size=3)
 
 
+@pytest.mark.slow
 def test_a_bad_id_that_rank_1_alone_reads_stops_both_ranks(folder):
     spoil(folder / TRAIN, 65, 512)  # the first token of span 1
     message = errors_of(folder)
@@ -420,6 +423,7 @@ def test_an_artifact_that_rank_0_alone_reads_stops_both_ranks(folder):
     assert "none.bin" in errors_of(folder, **EVAL_ONLY | dict(ARTIFACT_PATH="none.bin"))
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_the_message(folder):
     shutil.rmtree(folder / "data")
     status, out, err = tiny.run_torchrun(folder, 2)
@@ -430,6 +434,7 @@ def test_torchrun_ends_with_the_message(folder):
     assert lines and all(line.startswith("DATA_PATH=data ") and "`make demo`" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_settings_of_another_version_are_named_and_those_it_lacks_take_their_defaults(tmp_path):
     """Scoring by an artifact whose program had a setting more and one less for scoring."""
     tiny.make_data(tmp_path)

@@ -295,6 +295,7 @@ def test_limits_are_allowed(environ, name, value):
     assert values(environ)[name] == value
 
 
+@pytest.mark.slow
 def test_help_prints_every_setting_with_its_default(tmp_path):
     result = tiny.run_process(tmp_path, "--help", NUM_LAYER=3, ITERATIONS="many")  # even then
     assert (result.status, result.err) == (0, "")

@@ -71,6 +71,7 @@ class SlowTrainer(Trainer):
         return super().calibrate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cap, step, holdout, calibration, steps",
     [
@@ -265,6 +266,7 @@ class Kept(T.Hooks):
         return self.state if self.step is None else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3, 8])
 def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step):
     """Weights, momenta, averages and the rounding are carried over; a trainer of another seed holds none

@@ -11,6 +11,8 @@ from tests import (
     helpers,
 )
 
+pytestmark = pytest.mark.slow
+
 WORLDS = (1, 2, 4, 8)
 RUNS = helpers.TTT_RUNS | helpers.STREAM_RUNS
 

@@ -1,5 +1,4 @@
-"""Build a small data set from text that every Python installation carries, to try train_gpt.py without a
-download.
+"""Build the demo's data set from text that every Python installation carries.
 
     python -m tools.data.demo_data --out data/demo
 

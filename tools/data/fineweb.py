@@ -1,5 +1,4 @@
-"""Download the published FineWeb shards and their tokenizer into the folders that train_gpt.py reads by
-default.
+"""Download the published FineWeb shards and their tokenizer.
 
     python -m tools.data.fineweb                    # 80 training shards, all of validation, the tokenizer
     python -m tools.data.fineweb --train-shards 1   # enough for a trial run

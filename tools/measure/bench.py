@@ -1,5 +1,4 @@
-"""Measure how fast the model trains, scores, learns at test time and is packed on this machine, and where the
-time goes.
+"""Measure the speed of training, scoring, TTT and packing, and where the time goes.
 
     python -m tools.measure.bench train        # the record's size, made-up tokens; a GPU is compiled for
     MICRO_BATCH_TOKENS=196608 python -m tools.measure.bench train --attention flash --profile trace.json.gz

@@ -115,15 +115,35 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     return found
 
 
+def varying(rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Returns the names of the settings that differ between rows that depend on them, and NAME=value of the
+    others.
+    """
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in values_of(row).items():
+            values.setdefault(name, set()).add(value)
+    differing = [name for name, found in values.items() if len(found) > 1]
+    return differing, [f"{name}={found.pop()}" for name, found in values.items() if len(found) == 1]
+
+
+def values_of(row: dict[str, Any]) -> dict[str, str]:
+    """Returns the settings that a row depends on, by their names."""
+    return dict(word.split("=", 1) for word in row["settings"].split())
+
+
 def scoring_report(found: dict[str, Any]) -> str:
-    """Returns the table; changes and speed are against the first row."""
+    """Returns the table, with a column for each setting that differs; changes and speed are against the first
+    row.
+    """
     first, rows = found["rows"][0], []
+    differing, same = varying(found["rows"])
     for row in found["rows"]:
         seconds = statistics.median(row["seconds"])
         rows.append(
             [
                 row["mode"],
-                " ".join(f"`{word}`" for word in row["settings"].split()),
+                *(values_of(row).get(name, "") for name in differing),
                 f"{row['val_bpb']:.5f}",
                 f"{row['val_bpb'] - first['val_bpb']:+.5f}",
                 f"{seconds:.1f}",
@@ -131,12 +151,15 @@ def scoring_report(found: dict[str, Any]) -> str:
                 f"{statistics.median(first['seconds']) / seconds:.2f}",
             ]
         )
-    header = ["mode", "settings", "val_bpb", "change", "seconds", "tokens/s", "speed"]
+    short = [name.removeprefix("TTT_").lower().replace("_", " ") for name in differing]
+    header = ["mode", *short, "val_bpb", "change", "seconds", "tokens/s", "speed"]
     times = len(first["seconds"])
     seconds_are = f"median of {times}, taking turns" if times > 1 else "of one run"
     where = f"{found['machine']}, torch {found['torch']}"
-    text = f"On {first['tokens']:,} tokens, {where}; seconds: {seconds_are}."
-    return f"{table(header, rows, right=5)}\n\n{text}"
+    notes = f"On {first['tokens']:,} tokens, {where}; seconds: {seconds_are}.\nWhere it counts: " + ", ".join(
+        f"`{word}`" for word in same
+    )
+    return f"{table(header, rows, right=len(header) - 1)}\n\n{notes}."
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,6 @@
-"""Time single kernels at the record's shapes, medians of 20: python -m tools.measure.kernels
+"""Time single kernels at the record's shapes, medians of 20.
+
+    python -m tools.measure.kernels
 
 On a GPU; --small tries what is here at a small size, on a CPU too.
 """

@@ -1,4 +1,4 @@
-"""Report what quantization costs, by matrix, and loss against bytes for three ways to store the weights.
+"""Report what quantization costs: by matrix, and loss against bytes for three ways.
 
     DATA_PATH=... TOKENIZER_PATH=... python -m tools.measure.quant_report \\
         CHECKPOINT_OR_ARTIFACT [--png curve.png]

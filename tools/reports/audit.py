@@ -1,4 +1,4 @@
-"""Check the scoring of an artifact against the challenge's rules, once more and without its run.
+"""Check the scoring of an artifact against the challenge's rules, without its run.
 
     python -m tools.reports.audit logs/RUN_ID.bin SHARDS [--tokenizer T.model] \\
         [--compare logs/RUN_ID.audit.json]

@@ -1,4 +1,4 @@
-"""Compare two sets of runs: final losses, and whether the first are better by more than a margin.
+"""Compare two sets of runs: final losses, and whether one is better by a margin.
 
     python -m tools.reports.compare logs/NEW_*.txt --against logs/OLD_*.txt [--margin 0.005]
 

@@ -1,19 +1,19 @@
-"""Write the generated parts of README.md.
+"""Write the generated parts of README.md and docs/.
 
     python -m tools.reports.docs           # after a change of a setting, `make demo` or a measurement
-    python -m tools.reports.docs --check   # change nothing; fail if README.md is not up to date
+    python -m tools.reports.docs --check   # change nothing; fail if a part is not up to date
 
-They are the table of settings, that of the demo from logs/demo.txt, that of speed from what
-tools.measure.bench left in logs/*.jsonl, that of quantizers from logs/quantizers.json by
-tools.measure.quant_report, and that of ways to score from logs/bench_eval.json by tools.measure.bench_eval.
-
-A part stands between the lines `<!-- generated: settings -->`, or demo, speed, quantizers or scoring, and
-`<!-- end -->`.
+A part stands between the lines `<!-- generated: NAME -->` and `<!-- end -->`: in README.md `demo` (from
+logs/demo.txt), in docs/tools.md `tools` (from the tools' docstrings), in docs/settings.md `settings`, in
+docs/gpu.md `speed` (from what tools.measure.bench left in logs/*.jsonl), in docs/experiments.md `quantizers`
+and `scoring` (from logs/quantizers.json by tools.measure.quant_report and logs/bench_eval.json by
+tools.measure.bench_eval).
 """
 
+import ast
 import json
-import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.common.cli import ROOT, Parser, ends_in_one_line
@@ -36,7 +36,7 @@ AVERAGES = {"raw": "raw: the last step's", "ema": "EMA", "swa": "SWA"}
 
 
 def settings_part() -> str:
-    """Returns what --help says, as a table for each group."""
+    """Returns what --help of train_gpt.py says, as a table for each group."""
     groups: dict[str, list[list[str]]] = {}
     for name, f in FIELDS.items():
         if name in GROUPS:
@@ -47,8 +47,19 @@ def settings_part() -> str:
     return "\n\n".join(f"**{title}**\n\n{table(header, rows)}" for title, rows in groups.items())
 
 
+def tools_part(root: Path) -> str:
+    """Returns a row for each command in tools/: what the first sentence of its docstring says."""
+    rows = []
+    for path in sorted(root.glob("tools/*/*.py")):
+        text = path.read_text("utf-8")
+        if "\n    python -m tools" in text or " -m tools" in text.split('"""')[1]:
+            sentence = " ".join(ast.get_docstring(ast.parse(text)).split("\n\n")[0].split())
+            rows.append([f"`tools.{path.parent.name}.{path.stem}`", code(sentence.removesuffix("."))])
+    return table(["python -m", "does this"], rows)
+
+
 def demo_part(log: RunLog) -> str:
-    """The scores of a run stage by stage.
+    """Returns the scores of a run stage by stage.
 
     Changes are differences of the rounded scores, so that the columns agree.
     """
@@ -119,7 +130,9 @@ def speed_row(found: dict) -> tuple[str, str] | None:
 
 
 def speed_part(results: list[dict]) -> str:
-    """A row for each machine and attention kernel, of the fastest results; one H200 is there in any case."""
+    """Returns a row for each machine and attention kernel, of the fastest results; one H200 is there in any
+    case.
+    """
     fastest = {}
     for found in sorted(results, key=lambda found: found.get("tokens_per_second", 0)):
         if row := speed_row(found):
@@ -143,12 +156,12 @@ def speed_part(results: list[dict]) -> str:
         [
             "machine",
             "attention kernel",
-            "ms per 786,432-token step per GPU",
+            "step (ms)",
             "tokens/s",
-            "share of peak",
-            "scoring tokens/s",
-            "TTT seconds per million tokens",
-            "peak memory (MiB)",
+            "of peak",
+            "scored/s",
+            "TTT (s)",
+            "memory (MiB)",
         ],
         rows,
         right=6,
@@ -156,7 +169,7 @@ def speed_part(results: list[dict]) -> str:
 
 
 def quantizers_part(path: Path) -> str:
-    """Loss against bytes, from the figures of tools.measure.quant_report. Raises RunError, OSError."""
+    """Returns loss against bytes, by the figures of tools.measure.quant_report. Raises RunError, OSError."""
     try:
         found = json.loads(path.read_text("utf-8"))
         rows, best, group = [], [], []
@@ -182,8 +195,8 @@ def quantizers_part(path: Path) -> str:
                     [
                         "stored as",
                         "bytes",
-                        "loss above the unrounded weights' (nats per token)",
-                        "KL from them (nats per token)",
+                        "loss above unrounded weights'",
+                        "KL from them",
                         "of `rtn+lzma`'s",
                     ],
                     rows,
@@ -191,7 +204,7 @@ def quantizers_part(path: Path) -> str:
                 ),
                 "",
                 f"On {found['tokens']:,} tokens of validation text; the unrounded weights' loss is "
-                f"{found['loss']:.4f}. Where it loses as much (by KL), `gptq+ans` takes "
+                f"{found['loss']:.4f}.\nWhere it loses as much (by KL), `gptq+ans` takes "
                 f"{' / '.join(saved)} fewer bytes than the rows of `rtn+lzma`.",
             ]
         )
@@ -200,15 +213,17 @@ def quantizers_part(path: Path) -> str:
 
 
 def scoring_part(path: Path) -> str:
-    """Ways to score side by side, from the figures of tools.measure.bench_eval. Raises RunError, OSError."""
+    """Returns ways to score, from the figures of tools.measure.bench_eval. Raises RunError, OSError."""
     try:
         return scoring_report(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, IndexError) as e:
         raise RunError(f"{path}: no figures of tools.measure.bench_eval ({e}); measure again") from None
 
 
-def replace_part(text: str, name: str, body: str, path: Path) -> str:
-    """Raises RunError unless the part's opening line is there once and an end follows it before another part
+def replace_part(text: str, name: str, body: str, path: str) -> str:
+    """Returns a text with another body of a part.
+
+    Raises RunError unless the part's opening line is there once and an end follows it before another part
     opens.
     """
     opening = re.split(rf"^(<!-- generated: {name} -->\n)", text, flags=re.MULTILINE)
@@ -225,42 +240,36 @@ def replace_part(text: str, name: str, body: str, path: Path) -> str:
     return f"{opening[0]}{opening[1]}\n{body}\n\n{opening[2][end.start() :]}"
 
 
+PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stands, what makes it
+    "demo": ("README.md", lambda root: demo_part(read_log(root / "logs/demo.txt"))),
+    "tools": ("docs/tools.md", tools_part),
+    "settings": ("docs/settings.md", lambda root: settings_part()),
+    "speed": ("docs/gpu.md", lambda root: speed_part(bench_results(root / "logs"))),
+    "quantizers": ("docs/experiments.md", lambda root: quantizers_part(root / "logs/quantizers.json")),
+    "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the parts."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail if the file is not up to date"
-    )
-    for option, place, what in (
-        ("--readme", "README.md", "file to write"),
-        ("--log", "logs/demo.txt", "log of the demo"),
-        ("--bench", "logs", "folder of the figures of tools.measure.bench"),
-        ("--quantizers", "logs/quantizers.json", "figures of tools.measure.quant_report"),
-        ("--scoring", "logs/bench_eval.json", "figures of tools.measure.bench_eval"),
-    ):
-        default = Path(os.path.relpath(ROOT / place))
-        parser.add_argument(option, type=Path, default=default, help=f"{what} (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a part is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md, docs/ and logs/")
     args = parser.parse_args(argv)
     with ends_in_one_line():
-        old = new = args.readme.read_text("utf-8")
-        stale = []
-        for name, body in {
-            "settings": settings_part(),
-            "demo": demo_part(read_log(args.log)),
-            "speed": speed_part(bench_results(args.bench)),
-            "quantizers": quantizers_part(args.quantizers),
-            "scoring": scoring_part(args.scoring),
-        }.items():
-            before, new = new, replace_part(new, name, body, args.readme)
-            if new != before:
-                stale.append(name)
+        old = {place: (args.root / place).read_text("utf-8") for place, _ in PARTS.values()}
+        new, stale = dict(old), []
+        for name, (place, make) in PARTS.items():
+            before = new[place]
+            new[place] = replace_part(before, name, make(args.root), place)
+            if new[place] != before:
+                stale.append(f"{name} in {place}")
         if args.check and stale:
-            raise RunError(
-                f"{args.readme}: not up to date ({' and '.join(stale)}); run `python -m tools.reports.docs`"
-            )
-        if new != old:
-            write_atomically(args.readme, new.encode())
-        print(f"{args.readme}: " + (f"wrote {' and '.join(stale)}" if stale else "up to date"))
+            raise RunError(f"not up to date: {', '.join(stale)}; run `python -m tools.reports.docs`")
+        for place, text in new.items():
+            if text != old[place]:
+                write_atomically(args.root / place, text.encode())
+        print(f"wrote {', '.join(stale)}" if stale else "up to date")
 
 
 if __name__ == "__main__":

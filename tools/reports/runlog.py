@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train_gpt import FIELDS, RunError, SlidingMode, StreamingMode, show
+from train_gpt import EVAL_MODES, FIELDS, RunError, show
 
 Event = dict[str, Any]
 SEPARATOR = "\n" + "=" * 100 + "\n"
 SCORED_STAGES = {
     "roundtrip": "final_int6_roundtrip",
-    "sliding": SlidingMode.stage,
-    "streaming": StreamingMode.stage,
+    **{name: mode.stage for name, mode in EVAL_MODES.items()},
     "ttt": "legal_ttt",
 }
 TEXTS = {"hardware", "attention", "torch", "python", "hooks", "average", "stage", "message", "source_sha256"}
@@ -439,7 +438,7 @@ class Finder:
 
 def scored_stages(settings: dict[str, str]) -> list[str]:
     """Returns the short names of the stages of scoring that a run has."""
-    absent = {"sliding" if settings.get("EVAL_MODE") == "streaming" else "streaming"}
+    absent = EVAL_MODES.keys() - {settings.get("EVAL_MODE", "sliding")}
     if settings.get("TTT_ENABLED") == "0":
         absent.add("ttt")
     return [stage for stage in SCORED_STAGES if stage not in absent]

@@ -1,5 +1,6 @@
-"""Check the logs of runs that differ in their seed, and write the folder of a submission from them, so that
-no figure in it is typed by hand.
+"""Check runs that differ in their seed and write a submission's folder from them.
+
+No figure in it is typed by hand.
 
     python -m tools.reports.submit logs/A.txt logs/B.txt logs/C.txt \\
         --name "My TTT" --author Ada --github-id ada
@@ -199,6 +200,7 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
     steps = " / ".join(dict.fromkeys(str(figure["steps"]) for figure in figures))
     last = list(log.stages)[-1]
     return {
+        **({"note": args.note} if args.note else {}),
         "author": args.author,
         "github_id": args.github_id,
         "name": args.name,
@@ -380,7 +382,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Tidies them. Raises RunError."""
-    for name in ("name", "author", "github_id", "blurb", "data"):
+    for name in ("name", "author", "github_id", "blurb", "note", "data"):
         setattr(args, name, " ".join(getattr(args, name).split()))
     args.track = args.track or ("track_non_record_16mb" if args.non_record else "track_10min_16mb")
     if not re.fullmatch(r"\w[\w.-]*", args.track):
@@ -423,6 +425,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--blurb", default="", help="the submission in a sentence (steps, quantizer and scoring)"
     )
+    parser.add_argument("--note", default="", help="a sentence for the top of submission.json")
     parser.add_argument(
         "--date", default=str(datetime.date.today()), help="day of the runs, YYYY-MM-DD (today)"
     )
@@ -446,9 +449,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def write_json(runs: list[Run], args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """Write only submission.json; return its path and content. Raises OSError."""
-    target, present = args.only_json, (ROOT / "train_gpt.py").read_text("utf-8")
+    target = args.only_json
     logs = [Path(os.path.relpath(run.path, target.parent)).as_posix() for run in runs]
-    s = describe(runs, logs, args) | {"source_is_present_train_gpt": runs[0].log.source == present}
+    s = describe(runs, logs, args)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json_bytes(s))
     return target, s
@@ -471,8 +474,6 @@ def main(argv: list[str] | None = None) -> None:
         target, s = (write_json if args.only_json else write_submission)(runs, args)
         score, size = f"val_bpb {s['val_bpb']:.4f}", f"{s['bytes_total']:,} bytes"
         print(f"wrote {target}: {score} of {plural(len(runs), 'run')}, {size}")
-        if not s.get("source_is_present_train_gpt", True):
-            print("note: the logs were made by another version of train_gpt.py than the present one")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Say in a few lines what each stage of a demo run did to the score, and why.
+"""Say in a few lines what each stage of a run did to the score, and why.
 
 python -m tools.reports.summary logs/demo.txt
 """

@@ -1,4 +1,4 @@
-"""The events of a run as JSON, one object a line: logs/RUN_ID.jsonl. README.md lists them."""
+"""The events of a run as JSON, one object a line: logs/RUN_ID.jsonl. docs/events.md lists them."""
 
 import json
 import os

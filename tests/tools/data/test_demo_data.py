@@ -14,6 +14,8 @@ from tests.forked import Process
 from tools.data import demo_data
 from train_gpt import RunError, Shard, byte_tables
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def texts():

@@ -19,6 +19,8 @@ from tests.forked import Process
 from tools.common.cli import ROOT
 from tools.data.fineweb import RunError, choose_shards, choose_tokenizer, main
 
+pytestmark = pytest.mark.slow
+
 REPO, COMMIT = "willdepueoai/parameter-golf", "0123456789abcdef0123456789abcdef01234567"
 FOLDER = "datasets/fineweb10B_sp1024"
 TOKENIZER = "tokenizers/fineweb_1024_bpe.model"

@@ -144,7 +144,8 @@ def test_text_and_jsonl_are_read_in_order_compressed_or_not(folder, tokenizer, c
     assert documents_of(shards_of("out", "val"), tokenizer) == ["some validation text"]
 
 
-def test_the_command_line_ends_with_0_or_with_one_line_and_1(folder):
+@pytest.mark.slow
+def test_the_command_line_ends_with_0_or_with_one_line_and_2(folder):
     command = [
         "-m",
         "tools.data.make_shards",

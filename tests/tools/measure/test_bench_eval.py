@@ -10,6 +10,8 @@ from tests import tiny
 from tests.commands import fails
 from tools.measure import bench_eval
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     "RECIPE=record TTT_ENABLED=0",
     "RECIPE=best TTT_ENABLED=0",

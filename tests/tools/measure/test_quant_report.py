@@ -16,6 +16,8 @@ from tests.forked import Process
 from tests.helpers import byte_tables, made_up_tokens, random_model, settings
 from tools.measure import quant_report as Q
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

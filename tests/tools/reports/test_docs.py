@@ -1,25 +1,27 @@
-"""tools/reports/docs.py: the generated parts of README.md."""
+"""tools.reports.docs: the generated parts of README.md and docs/, and that what those say holds."""
 
+import ast
+import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import commands
 from tests.tools.reports.test_runlog import PRINTED, committed, make_log
+from tests.tools.test_layout import COMMANDS
 from tools.common.cli import ROOT
 from tools.common.tables import code, table
 from tools.reports import docs
-from tools.reports.runlog import parse_log
+from tools.reports.runlog import parse_log, split_source
 from train_gpt import FIELDS, allowed, show
 
-TEMPLATE = """# Title
+TEMPLATES = {
+    "README.md": """# Title
 
 Before.
-
-<!-- generated: settings -->
-<!-- end -->
 
 Between: the line `<!-- generated: demo -->` opens a part.
 
@@ -27,17 +29,31 @@ Between: the line `<!-- generated: demo -->` opens a part.
 old text
 <!-- end -->
 
-<!-- generated: speed -->
-<!-- end -->
-
-<!-- generated: quantizers -->
+After.
+""",
+    "docs/tools.md": "<!-- generated: tools -->\n<!-- end -->\n",
+    "docs/settings.md": "# Settings\n\n<!-- generated: settings -->\n<!-- end -->\n",
+    "docs/gpu.md": "<!-- generated: speed -->\n<!-- end -->\n",
+    "docs/experiments.md": """<!-- generated: quantizers -->
 <!-- end -->
 
 <!-- generated: scoring -->
 <!-- end -->
 
 After.
+""",
+}
+ALL = (
+    "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, speed in docs/gpu.md, "
+    "quantizers in docs/experiments.md, scoring in docs/experiments.md"
+)
+TOOL = '''"""Count the words of a log.
+
+    python -m tools.reports.count logs/RUN_ID.txt
+
+More of it.
 """
+'''
 
 SCORING = {
     "machine": "2 x CPU (x86_64)",
@@ -57,6 +73,16 @@ SCORING = {
             "tokens": 200000,
             "val_bpb": 2.10021,
         },
+        *(
+            {
+                "mode": "streaming + TTT",
+                "settings": f"EVAL_WINDOW=512 TTT_LR={lr}",
+                "seconds": [50.0] * 3,
+                "tokens": 200000,
+                "val_bpb": bpb,
+            }
+            for lr, bpb in ((0.1, 2.0), (0.2, 2.05))
+        ),
     ],
 }
 
@@ -90,29 +116,33 @@ QUANTIZERS = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with README.md, demo.txt, quantizers.json and bench_eval.json."""
+    """The current folder, with README.md, docs/, logs/ and a tool."""
     monkeypatch.chdir(tmp_path)
-    Path("README.md").write_text(TEMPLATE, "utf-8")
-    Path("demo.txt").write_text(make_log(), "utf-8")
-    Path("quantizers.json").write_text(json.dumps(QUANTIZERS))
-    Path("bench_eval.json").write_text(json.dumps(SCORING))
+    for place in ("docs", "logs", "tools/reports"):
+        Path(place).mkdir(parents=True)
+    for place, text in TEMPLATES.items():
+        Path(place).write_text(text, "utf-8")
+    Path("tools/reports/count.py").write_text(TOOL)
+    Path("tools/reports/part.py").write_text('"""Holds what count.py needs."""\n')
+    Path("logs/demo.txt").write_text(make_log(), "utf-8")
+    Path("logs/quantizers.json").write_text(json.dumps(QUANTIZERS))
+    Path("logs/bench_eval.json").write_text(json.dumps(SCORING))
     return tmp_path
 
 
-ARGUMENTS = (
-    "--readme README.md --log demo.txt --bench . --quantizers quantizers.json --scoring bench_eval.json"
-)
+def texts() -> dict[str, str]:
+    return {place: Path(place).read_text("utf-8") for place in TEMPLATES}
 
 
-def run(*arguments: str) -> str:
-    docs.main([*ARGUMENTS.split(), *arguments])
-    return Path("README.md").read_text("utf-8")
+def run(*arguments: str) -> dict[str, str]:
+    docs.main(["--root", ".", *arguments])
+    return texts()
 
 
 def fails(*arguments: str) -> str:
-    before = Path("README.md").read_bytes()
-    line = commands.fails(docs.main, *ARGUMENTS.split(), *arguments)
-    assert Path("README.md").read_bytes() == before
+    before = texts()
+    line = commands.fails(docs.main, "--root", ".", *arguments)
+    assert texts() == before
     return line
 
 
@@ -190,18 +220,18 @@ def test_columns_are_of_even_width_and_bars_are_escaped():
 HEADER = [
     "machine",
     "attention kernel",
-    "ms per 786,432-token step per GPU",
+    "step (ms)",
     "tokens/s",
-    "share of peak",
-    "scoring tokens/s",
-    "TTT seconds per million tokens",
-    "peak memory (MiB)",
+    "of peak",
+    "scored/s",
+    "TTT (s)",
+    "memory (MiB)",
 ]
 NONE = ["not measured"] * 8
 
 
 def result(bench, machine="NVIDIA H200", processes=1, attention="cudnn", tokens_per_second=1e6, **changed):
-    """Of a line of tools.measure.bench what readme.py reads; settings in capitals."""
+    """Of a line of tools.measure.bench what docs.py reads; settings in capitals."""
     return {
         "bench": bench,
         "machine": machine,
@@ -243,7 +273,7 @@ def test_the_speed_part_has_the_fastest_figures_of_each_machine_and_kernel():
 
 
 def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(folder):
-    text = docs.quantizers_part(Path("quantizers.json"))
+    text = docs.quantizers_part(Path("logs/quantizers.json"))
     assert cells(text)[1:] == [
         ["`rtn+lzma`", "1,700,000", "+0.00130 ± 0.00020", "0.00120", "1.000"],
         ["`gptq+ans`", "1,698,000", "-0.00004 ± 0.00010", "0.00006", "0.050"],
@@ -252,20 +282,23 @@ def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(fold
     ]
     assert "`gptq+ans` takes 26.0% fewer bytes" in text and "131,072 tokens" in text and "3.6500" in text
     for broken in ("{", "[]", "{}", '{"points": [1]}'):
-        Path("quantizers.json").write_text(broken)
-        assert fails().startswith("quantizers.json: no figures of tools.measure.quant_report")
+        Path("logs/quantizers.json").write_text(broken)
+        assert fails().startswith("logs/quantizers.json: no figures of tools.measure.quant_report")
 
 
 def test_the_scoring_part_compares_with_the_first_row(folder):
-    text = docs.scoring_part(Path("bench_eval.json"))
+    text = docs.scoring_part(Path("logs/bench_eval.json"))
     assert cells(text)[1:] == [
-        ["sliding", "`EVAL_STRIDE=64` `EVAL_SEQ_LEN=512`", "2.10000", "+0.00000", "100.0", "2,000", "1.00"],
-        ["streaming", "`EVAL_WINDOW=512`", "2.10021", "+0.00021", "12.0", "16,667", "8.33"],
+        ["sliding", "", "2.10000", "+0.00000", "100.0", "2,000", "1.00"],
+        ["streaming", "", "2.10021", "+0.00021", "12.0", "16,667", "8.33"],
+        ["streaming + TTT", "0.1", "2.00000", "-0.10000", "50.0", "4,000", "2.00"],
+        ["streaming + TTT", "0.2", "2.05000", "-0.05000", "50.0", "4,000", "2.00"],
     ]
+    assert cells(text)[0][1] == "lr" and "`EVAL_STRIDE=64`, `EVAL_SEQ_LEN=512`, `EVAL_WINDOW=512`." in text
     assert "On 200,000 tokens, 2 x CPU (x86_64), torch 2.13.0; seconds: median of 3, taking turns." in text
     for broken in ("{", "[]", "{}", '{"rows": []}'):
-        Path("bench_eval.json").write_text(broken)
-        assert fails().startswith("bench_eval.json: no figures of tools.measure.bench_eval")
+        Path("logs/bench_eval.json").write_text(broken)
+        assert fails().startswith("logs/bench_eval.json: no figures of tools.measure.bench_eval")
 
 
 def test_the_demo_part_knows_streaming():
@@ -276,9 +309,9 @@ def test_the_demo_part_knows_streaming():
 
 
 def test_figures_are_read_from_the_folder(folder):
-    Path("a.jsonl").write_text(json.dumps(result("ttt")) + "\n" + json.dumps(result("score")) + "\n")
-    Path("b.jsonl").write_text(json.dumps(result("train")) + "\n")
-    assert cells(part(run(), "speed"))[1] == [
+    Path("logs/a.jsonl").write_text(json.dumps(result("ttt")) + "\n" + json.dumps(result("score")) + "\n")
+    Path("logs/b.jsonl").write_text(json.dumps(result("train")) + "\n")
+    assert cells(part(run()["docs/gpu.md"], "speed"))[1] == [
         "one H200",
         "cudnn",
         "786.4",
@@ -289,97 +322,171 @@ def test_figures_are_read_from_the_folder(folder):
         "54,321",
     ]
     for broken in ("{", "[]", "1", '{"bench": "train"}'):
-        Path("b.jsonl").write_text(f"{json.dumps(result('train'))}\n{broken}\n")
-        assert fails() == "b.jsonl, line 2: no figures of tools.measure.bench; measure again"
+        Path("logs/b.jsonl").write_text(f"{json.dumps(result('train'))}\n{broken}\n")
+        assert fails() == "logs/b.jsonl, line 2: no figures of tools.measure.bench; measure again"
 
 
 def test_events_of_runs_are_no_figures(folder):
-    Path("a.jsonl").write_text(json.dumps(result("train")) + "\n")
-    expected = part(run(), "speed")
-    Path("run.jsonl").write_text(
+    Path("logs/a.jsonl").write_text(json.dumps(result("train")) + "\n")
+    expected = part(run()["docs/gpu.md"], "speed")
+    Path("logs/run.jsonl").write_text(
         json.dumps({"event": "settings", "time": 0.1, "settings": {}}) + '\n{"event": "cut'
     )
-    assert part(run(), "speed") == expected
+    assert part(run()["docs/gpu.md"], "speed") == expected
+
+
+def test_the_tools_part_has_the_first_sentence_of_each_command(folder):
+    assert cells(docs.tools_part(folder)) == [
+        ["python -m", "does this"],
+        ["`tools.reports.count`", "Count the words of a log"],
+    ]
+    names = {row[0].strip("`") for row in cells(docs.tools_part(ROOT))[1:]}
+    assert names == set(COMMANDS)
 
 
 def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
-    text = run()
-    emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
-    assert emptied == TEMPLATE.replace("old text\n", "")
-    assert part(text, "settings").strip() == docs.settings_part()
-    assert part(text, "demo").strip() == docs.demo_part(parse_log(make_log(), "sketch"))
-    assert run() == run("--check") == text
-    assert capsys.readouterr().out.splitlines() == [
-        "README.md: wrote settings and demo and speed and quantizers and scoring",
-        "README.md: up to date",
-        "README.md: up to date",
-    ]
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md",
-        "bench_eval.json",
-        "demo.txt",
-        "quantizers.json",
-    ]
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    found = run()
+    for place, text in found.items():
+        emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
+        assert emptied == TEMPLATES[place].replace("old text\n", "")
+    assert part(found["docs/settings.md"], "settings").strip() == docs.settings_part()
+    assert part(found["README.md"], "demo").strip() == docs.demo_part(parse_log(make_log(), "sketch"))
+    assert run() == run("--check") == found
+    assert capsys.readouterr().out.splitlines() == [f"wrote {ALL}", "up to date", "up to date"]
+    assert {path for path in folder.rglob("*") if path.is_file()} == files
 
 
 def test_check_fails_and_changes_nothing_when_a_part_is_stale(folder):
-    assert (
-        fails("--check")
-        == "README.md: not up to date (settings and demo and speed and quantizers and scoring); "
-        "run `python -m tools.reports.docs`"
-    )
+    assert fails("--check") == f"not up to date: {ALL}; run `python -m tools.reports.docs`"
     run()
-    Path("demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
-    assert "not up to date (demo)" in fails("--check")
+    Path("logs/demo.txt").write_text(make_log(PRINTED.replace("val_bpb:3.07092080", "val_bpb:3.06092080")))
+    assert "not up to date: demo in README.md; run" in fails("--check")
 
 
 @pytest.mark.parametrize(
-    "old, new, told",
+    "place, old, new, told",
     [
-        ("<!-- generated: settings -->\n", "", "`<!-- generated: settings -->` 0 times"),
-        ("After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "`<!-- generated: demo -->` 2 times"),
-        ("<!-- end -->\n\nAfter.", "After.", "closes the part `scoring`"),
+        ("docs/tools.md", "<!-- generated: tools -->\n", "", "`<!-- generated: tools -->` 0 times"),
+        ("README.md", "After.\n", "<!-- generated: demo -->\n<!-- end -->\n", "generated: demo -->` 2 times"),
+        ("docs/experiments.md", "<!-- end -->\n\nAfter.", "After.", "closes the part `scoring`"),
         (
-            "<!-- generated: settings -->\n<!-- end -->\n",
-            "<!-- generated: settings -->\n",
-            "closes the part `settings`",
+            "docs/experiments.md",
+            "<!-- generated: quantizers -->\n<!-- end -->\n",
+            "<!-- generated: quantizers -->\n",
+            "closes the part `quantizers`",
         ),
     ],
 )
-def test_a_marker_that_is_missing_or_doubled_is_named(folder, old, new, told):
-    assert TEMPLATE.count(old) == 1
-    Path("README.md").write_text(TEMPLATE.replace(old, new))
-    assert told in fails()
-    assert told in fails("--check")
+def test_a_marker_that_is_missing_or_doubled_is_named(folder, place, old, new, told):
+    assert TEMPLATES[place].count(old) == 1
+    Path(place).write_text(TEMPLATES[place].replace(old, new))
+    for arguments in ([], ["--check"]):
+        line = fails(*arguments)
+        assert line.startswith(f"{place}: ") and told in line
 
 
 def test_a_demo_that_did_not_finish_is_refused(folder):
-    Path("demo.txt").write_text(make_log(PRINTED[: PRINTED.index("legal_ttt eval_time")]))
-    assert fails().startswith("demo.txt: has no score of legal_ttt, so the run did not finish")
-    Path("demo.txt").unlink()
-    assert fails() == "demo.txt: cannot be read (No such file or directory)"
+    Path("logs/demo.txt").write_text(make_log(PRINTED[: PRINTED.index("legal_ttt eval_time")]))
+    assert fails().startswith("logs/demo.txt: has no score of legal_ttt, so the run did not finish")
+    Path("logs/demo.txt").unlink()
+    assert fails() == "logs/demo.txt: cannot be read (No such file or directory)"
 
 
-def test_the_repositorys_readme_is_up_to_date_and_its_scores_are_the_logs(tmp_path):
-    """With the log as it was committed: `make demo` writes it anew."""
+# This project's own documents
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "logs/README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
+
+
+def test_this_projects_generated_parts_are_up_to_date_and_the_demos_scores_are_its_logs(tmp_path):
+    """With the demo's log as it was committed: `make demo` writes it anew."""
+    for name in ("README.md", "docs", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "logs").mkdir()
+    for path in ROOT.glob("logs/*.json*"):
+        (tmp_path / "logs" / path.name).write_text(committed(f"logs/{path.name}"), "utf-8")
     text = committed("logs/demo.txt")
-    (tmp_path / "demo.txt").write_text(text, "utf-8")
-    docs.main(
-        [
-            "--check",
-            "--readme",
-            str(ROOT / "README.md"),
-            "--log",
-            str(tmp_path / "demo.txt"),
-            "--bench",
-            str(ROOT / "logs"),
-            "--quantizers",
-            str(ROOT / "logs/quantizers.json"),
-            "--scoring",
-            str(ROOT / "logs/bench_eval.json"),
-        ]
-    )
+    (tmp_path / "logs/demo.txt").write_text(text, "utf-8")
+    docs.main(["--check", "--root", str(tmp_path)])
     demo = part((ROOT / "README.md").read_text("utf-8"), "demo")
     scores = [row[1] for row in cells(demo)[1:]]
     logged = re.findall(r"val_bpb:(\d+\.\d+)", text)
     assert len(scores) >= 4 and set(scores) <= {f"{float(number):.4f}" for number in logged}
+
+
+def test_the_readme_is_short():
+    assert 9_000 < (ROOT / "README.md").stat().st_size <= 12_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_has_lines_and_tables_that_fit(page):
+    too_long = [line for line in page.read_text("utf-8").splitlines() if len(line) > 140]
+    assert not too_long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_pages_links_lead_somewhere(page):
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", text):
+        assert not target or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]*)\)", text):
+        titles = re.findall(r"^#+ (.*)", (page.parent / (target or page.name)).read_text("utf-8"), re.M)
+        assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_settings_and_places_that_a_page_names_exist(page):
+    text = page.read_text("utf-8")
+    for name in re.findall(r"-m (tools\.[\w.]+)", text):
+        assert name.rstrip(".") in COMMANDS, name
+    for target in re.findall(r"make ([a-z-]+)`", text):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text("utf-8"), target
+    for name in re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)(?:=[^`]*)?`", text):
+        assert name in FIELDS or name in NO_SETTINGS, name
+
+
+NO_SETTINGS = {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE", "EVAL_MODES", "MAX_", "RUN_ID"}
+
+
+def test_places_to_change_are_in_the_program():
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = cells(text[text.index("## Where to change what") :])[1:11]
+    assert len(rows) == 10
+    source = ast.parse((ROOT / "train_gpt.py").read_text("utf-8"))
+    defined = {
+        node.name if hasattr(node, "name") else getattr(node, "id", getattr(node, "attr", ""))
+        for node in ast.walk(source)
+    }
+    for row in rows:
+        for name in re.findall(r"`([\w.]+)`", row[1]):
+            assert set(name.split(".")) - {"torch", "optim"} <= defined | {"Optimizer"}, name
+
+
+def test_each_log_is_listed_with_the_source_it_is_of():
+    text = (ROOT / "logs/README.md").read_text("utf-8")
+    listed = {}
+    for names, _, source in cells(text)[1:]:
+        first, *suffixes = re.findall(r"`([\w.]+)`", names)
+        listed |= dict.fromkeys((first, *(first.removesuffix(".txt") + s for s in suffixes)), source)
+    tracked = subprocess.run(["git", "ls-files", "logs"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert {Path(path).name for path in tracked.split()} - {"README.md"} <= listed.keys()
+    for name, source in listed.items():
+        text = committed(f"logs/{name}") if name.endswith((".txt", ".jsonl")) else ""
+        found = re.findall(r'"source_sha256": "(\w{12})', text)
+        program = split_source(text)[0]
+        if program:
+            found.append(hashlib.sha256(program.encode()).hexdigest()[:12])
+        assert {*found} <= {source.split()[0]}, name
+
+
+def test_the_submission_json_says_that_it_is_no_entry_and_holds_the_demos_numbers():
+    s = json.loads((ROOT / "submission.json").read_text("utf-8"))
+    assert "not an entry" in [*s.items()][0][1]
+    log = parse_log(committed("logs/demo.txt"), "demo")
+    assert s["val_bpb"] == log.final.val_bpb and s["bytes_total"] == log.bytes_total
+    assert s["source_sha256"] == log.source_sha256

@@ -18,6 +18,8 @@ from tests import tiny
 from tools.reports import audit as command
 from tools.run import audit
 
+pytestmark = pytest.mark.slow
+
 CPU, ARTIFACT = torch.device("cpu"), Path("logs/tiny.bin")
 SETTINGS = tiny.SETTINGS | dict(
     TTT_LR=0.02, TTT_CHUNK_TOKENS=256, TTT_EPOCHS=2, TTT_ENTROPY_ADAPT=0, AUDIT=1, ARTIFACT_PATH=ARTIFACT

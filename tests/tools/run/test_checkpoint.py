@@ -18,6 +18,8 @@ from tests.forked import Process
 from tools.run import checkpoint
 from tools.run.watch import LOST_RANK
 
+pytestmark = pytest.mark.slow
+
 PLANTED = "tests.tools.run.planted"
 RESUMED = []  # trials that went on from a checkpoint
 TRIALS = int(os.environ.get("TRIALS", 10))

@@ -18,6 +18,8 @@ from tests.forked import Process
 from tests.tools.run.test_checkpoint import PLANTED, data, finish, folder, start  # noqa: F401
 from tools.run.watch import LOST_RANK
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "fault, world, named",

@@ -17,7 +17,7 @@ from tools.run import HookGroup, make_hooks
 from tools.run.events import Events, drop_torn_line
 from tools.run.progress import Progress
 
-README = tiny.SCRIPT.parent / "README.md"
+EVENTS = tiny.SCRIPT.parent / "docs/events.md"
 
 
 class Terminal(io.StringIO):
@@ -146,16 +146,14 @@ def test_elsewhere_there_is_a_line_every_ten_seconds_with_the_seconds_left(monke
     assert len(lines) == 3
 
 
-def test_every_event_of_a_run_is_in_the_readme_with_its_values(folder):
+def test_every_event_of_a_run_is_in_the_documents_with_its_values(folder):
     settings = dict(ITERATIONS=12, WARMDOWN_ITERS=12, VAL_LOSS_EVERY=2, AUDIT=1, CHECKPOINT_EVERY=0.001)
     assert tiny.run(folder, **settings).status == 0
     events = [json.loads(line) for line in (folder / "logs/tiny.jsonl").read_text().splitlines()]
-    table = {
-        name: line
-        for line in README.read_text("utf-8").splitlines()
-        if line.startswith("| `")
-        for name in re.findall(r"`(\w+)`", line.split("|")[1])
-    }
+    listed, explained = (
+        {name: row for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+        for table in re.findall(r"((?:^\| `.*\n)+)", EVENTS.read_text("utf-8"), re.M)
+    )
     assert {event["event"] for event in events} > {
         "settings",
         "step",
@@ -166,8 +164,8 @@ def test_every_event_of_a_run_is_in_the_readme_with_its_values(folder):
         "audit",
     }
     for event in events:
-        names = set(re.findall(r"`(\w+)`", table[event["event"]].split("|")[2]))
-        assert event.keys() - {"event", "time"} <= names
+        names = set(re.findall(r"`(\w+)`", listed[event["event"]].split("|")[2]))
+        assert event.keys() - {"event", "time"} <= names <= explained.keys()
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
 
 
