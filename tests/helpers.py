@@ -1,4 +1,6 @@
-"""Tiny models, made-up data, and the worker that every process of test_world_size.py runs."""
+"""Models, scorers and trainers of the tiny world in this process, on made-up tokens; and the worker that each
+process of test_world_size.py runs. tiny.py has that world, and the ways to run the program in it.
+"""
 
 import io
 import math
@@ -11,33 +13,32 @@ import numpy as np
 import torch
 
 import train_gpt as T
+from tests import tiny
 
-BASE = dict(
-    VOCAB_SIZE=64,
-    NUM_LAYERS=3,
-    MODEL_DIM=32,
-    NUM_HEADS=4,
-    NUM_KV_HEADS=2,
-    MLP_MULT=2,
-    ROPE_DIMS=4,
-    XSA_LAST_N=1,
-    BIGRAM_VOCAB_SIZE=40,
-    BIGRAM_DIM=16,
-    VE_DIM=8,
-    VE_LAYERS="1,2",
-    TRAIN_SEQ_LEN=16,
-    TRAIN_BATCH_TOKENS=256,
-    EVAL_SEQ_LEN=32,
-    EVAL_STRIDE=8,
-    VAL_BATCH_SIZE=1024,
-    HOLDOUT_TOKENS=256,
-    ITERATIONS=8,
-    WARMUP_STEPS=0,
-    WARMDOWN_ITERS=8,
-    MAX_WALLCLOCK_SECONDS=0,
-    TTT_CHUNK_TOKENS=48,
-    TTT_BATCH_SEQS=2,
-    TTT_ENTROPY_ADAPT=0,
+BASE = (
+    tiny.SETTINGS
+    | dict(  # of what is made in this process: a vocabulary of made-up tokens, shorter chunks
+        VOCAB_SIZE=64,
+        NUM_LAYERS=3,
+        NUM_HEADS=4,
+        NUM_KV_HEADS=2,
+        ROPE_DIMS=4,
+        BIGRAM_VOCAB_SIZE=40,
+        BIGRAM_DIM=16,
+        VE_LAYERS="1,2",
+        TRAIN_SEQ_LEN=16,
+        TRAIN_BATCH_TOKENS=256,
+        EVAL_STRIDE=8,
+        VAL_BATCH_SIZE=1024,
+        ITERATIONS=8,
+        WARMUP_STEPS=0,
+        WARMDOWN_ITERS=8,
+        VAL_LOSS_EVERY=4000,
+        SWA_EVERY=50,
+        TTT_CHUNK_TOKENS=48,
+        TTT_BATCH_SEQS=2,
+        TTT_ENTROPY_ADAPT=0,
+    )
 )
 
 
@@ -55,16 +56,10 @@ def made_up_tokens(count, seed=0, vocab=64):
     return np.where(np.arange(count) // 48 % 2, 7, tokens)
 
 
-def write_shard(path, tokens):
-    header = np.zeros(256, "<i4")
-    header[:3] = T.SHARD_MAGIC, T.SHARD_VERSION, len(tokens)
-    Path(path).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
-
-
 def write_shards(folder):
     """Two train shards, of 4,000 and 3,000 tokens."""
     for i, count in enumerate((4000, 3000)):
-        write_shard(Path(folder) / f"fineweb_train_{i:06d}.bin", made_up_tokens(count, seed=i))
+        tiny.write_shard(Path(folder) / f"fineweb_train_{i:06d}.bin", made_up_tokens(count, seed=i))
     return folder
 
 

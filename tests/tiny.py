@@ -1,5 +1,6 @@
-"""A tiny data set, settings for a run that takes about a second, and three ways to run train_gpt.py with
-them."""
+"""The tests' tiny world: settings for a run that takes about a second, a data set, and three ways to run
+train_gpt.py with them. helpers.py makes models, scorers and trainers of it in this process.
+"""
 
 import io
 import os

@@ -15,12 +15,12 @@ import torch
 import train_gpt as T
 from tests import tiny
 from tests.forked import Process
+from tests.tools.run.ranks import finish, start
 from tools.run import checkpoint
 from tools.run.watch import LOST_RANK
 
 pytestmark = pytest.mark.slow
 
-PLANTED = "tests.tools.run.planted"
 RESUMED = []  # trials that went on from a checkpoint
 TRIALS = int(os.environ.get("TRIALS", 10))
 CHECKPOINT = Path("logs/tiny.ckpt")
@@ -35,37 +35,6 @@ ALWAYS = dict(
 SAFE = ALWAYS | dict(CHECKPOINT_EVERY=0.01, RESUME="auto")
 MODES = [{}, dict(EVAL_MODE="streaming"), dict(TTT_MUON=0), dict(EVAL_MODE="streaming", TTT_MUON=0)]
 NO_QAT = dict(LATE_QAT=0)  # rounding would magnify what differs in the last bit
-
-
-def start(folder, *words, world=1, **settings):
-    """The ranks of a run of train_gpt.py or, with words, of planted.py."""
-    command = ["-m", PLANTED, *words] if words else [tiny.SCRIPT]
-    group = dict(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=tiny.free_port()) if world > 1 else {}
-    return [
-        Process(
-            command,
-            folder,
-            tiny.environment(group | settings | (dict(RANK=rank, LOCAL_RANK=rank) if group else {})),
-        )
-        for rank in range(world)
-    ]
-
-
-def finish(processes):
-    return tiny.finish(processes, 120)[0]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.make_data(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(data, tmp_path):
-    """A copy of the data to run in."""
-    return shutil.copytree(data, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

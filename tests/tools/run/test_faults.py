@@ -15,7 +15,7 @@ import pytest
 import train_gpt as T
 from tests import tiny
 from tests.forked import Process
-from tests.tools.run.test_checkpoint import PLANTED, data, finish, folder, start  # noqa: F401
+from tests.tools.run.ranks import PLANTED, finish, start
 from tools.run.watch import LOST_RANK
 
 pytestmark = pytest.mark.slow
