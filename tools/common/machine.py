@@ -15,6 +15,13 @@ def machine_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def short_name(device: torch.device) -> str:
+    """Returns what files are named after: h100 for an H100 whatever its memory, or the kind of CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
+    return platform.machine()
+
+
 def now(device: torch.device) -> float:
     """Returns the time in seconds once the device has done all it was given."""
     if device.type == "cuda":

@@ -36,7 +36,7 @@ def started(
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        start_new_session=True,
+        process_group=0,
     )
     timer = threading.Timer(seconds, end_group, [process])
     timer.start()

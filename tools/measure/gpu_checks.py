@@ -1,23 +1,24 @@
-"""Measure what is to be measured where there is a GPU, entry by entry.
+"""Run what is to be measured where there is a GPU, entry by entry, and keep what it prints.
 
     python -m tools.measure.gpu_checks --list
-    python -m tools.measure.gpu_checks 0 1 --corpus FOLDER --tokenizer fineweb_1024_bpe.model
-    python -m tools.measure.gpu_checks 4 best --corpus FOLDER --tokenizer T.model --dry
+    python -m tools.measure.gpu_checks data --corpus DIR --tokenizer fineweb_1024_bpe.model
+    python -m tools.measure.gpu_checks 1
+    python -m tools.measure.gpu_checks 4 --dry best      # the same commands at a tiny size, on a CPU
 
-FOLDER holds train.jsonl.xz and val.jsonl.xz; their shards stay in data/gpu_checks. Tables, logs without
-their source, and figures as JSON go to --out, named MACHINE_*; `make docs` puts the figures into docs/gpu.md.
---dry runs the same commands at a tiny size, on a CPU too. An entry goes on after a command that fails or
-takes too long; the exit status is then 1.
+DIR holds train.jsonl.xz and val.jsonl.xz. Their first tokens become shards in data/gpu_checks, 50 MB to take
+along to a machine that has a GPU; an entry that finds none there makes them. What the commands print goes to
+MACHINE_NAME.txt (of a run that is its log without the source), figures and events go to MACHINE_NAME.jsonl;
+`make docs` makes docs/gpu.md's table of them. Settings in the environment hold for all commands, unless
+these set them. Where a command fails the others still run, and the status is 1.
 """
 
 import argparse
 import os
-import subprocess
-import sys
-import tempfile
+import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,262 +26,319 @@ import torch
 
 import train_gpt as T
 from tools.common.cli import ROOT, Parser, ends_in_one_line, fail
+from tools.common.machine import short_name
+from tools.common.processes import started
 from tools.common.shards import write_shard
+from tools.common.tables import table
+from tools.data.make_shards import cut, encode, load_tokenizer, read_file
 
-SPAN = 98_304  # tokens of a span of the record's step
-TINY = {
-    "NUM_LAYERS": 2,
-    "MODEL_DIM": 32,
-    "NUM_HEADS": 2,
-    "NUM_KV_HEADS": 1,
-    "ROPE_DIMS": 8,
-    "VE_LAYERS": 1,
-    "TRAIN_SEQ_LEN": 64,
-    "WARMUP_STEPS": 2,
-    "TRAIN_BATCH_TOKENS": 1024,
-    "ITERATIONS": 3,
-    "HOLDOUT_TOKENS": 256,
-    "EVAL_SEQ_LEN": 64,
-    "VAL_BATCH_SIZE": 4096,
-    "TTT_CHUNK_TOKENS": 1024,
-}
-VARIANTS = {  # of entry 4: what differs from the defaults
-    "record": {},
-    "best": {"RECIPE": "best"},
-    "ema": {"SWA_ENABLED": 0},
-}
-Settings = dict[str, str | int | float]
+FIGURES = "logs/check_figures.jsonl"  # of one measurement, from the project's root
+Settings = Mapping[str, str | int | float]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Size:
+    """How large all that runs is."""
+
+    data: str  # folder of the shards, from the project's root
+    tokens: dict[str, int]  # of text, by split
+    steps: int  # that tools.measure.bench times
+    span: int  # tokens of an eighth of a training step
+    kernels: tuple[str, ...]  # of attention, beside train_gpt.py's choice
+    device: str
+    settings: Settings = field(default_factory=dict)
+
+
+FULL = Size(
+    data="data/gpu_checks",
+    tokens={"train": 24_000_000, "val": 1_000_001},
+    steps=20,
+    span=98_304,
+    kernels=("cudnn", "flash"),
+    device="cuda",
+)
+DRY = Size(
+    data="data/gpu_checks_dry",
+    tokens={"train": 100_000, "val": 3001},
+    steps=3,
+    span=128,
+    kernels=(),
+    device="cpu",
+    settings={
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": 1,  # with so little to do, more get in each other's way
+        "NUM_LAYERS": 2,
+        "MODEL_DIM": 32,
+        "NUM_HEADS": 2,
+        "NUM_KV_HEADS": 1,
+        "ROPE_DIMS": 8,
+        "VE_LAYERS": 1,
+        "TRAIN_SEQ_LEN": 64,
+        "TRAIN_BATCH_TOKENS": 1024,
+        "ITERATIONS": 3,
+        "WARMUP_STEPS": 2,
+        "HOLDOUT_TOKENS": 256,
+        "EVAL_SEQ_LEN": 64,
+        "VAL_BATCH_SIZE": 4096,
+        "TTT_CHUNK_TOKENS": 1024,
+    },
+)
+
+
+@dataclass(frozen=True)
 class Checks:
-    """Runs commands for one machine; `failed` names those that did not end well."""
+    """How the commands are run, and where what they print goes."""
 
-    machine: str  # begins the names of what is left
+    size: Size
     out: Path
-    dry: bool
-    corpus: Path | None
-    tokenizer: Path | None
-    variants: list[str]
-    failed: list[str] = field(default_factory=list)
-    benches: list[str] = field(default_factory=list)  # that were run
+    machine: str
+    variants: tuple[str, ...]  # of entry 4
 
-    @property
-    def data(self) -> Path:
-        """The folder of the shards."""
-        return ROOT / "data" / ("gpu_checks_dry" if self.dry else "gpu_checks")
+    def file(self, name: str, ending: str) -> Path:
+        """Returns a file of commands of that name."""
+        return self.out / f"{self.machine}_{name}.{ending}"
 
-    @property
-    def settings(self) -> Settings:
-        """What all commands are given."""
-        data = self.data.relative_to(ROOT)  # where commands run: no log names a place of this machine
-        places = {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
-        return places | (TINY if self.dry else {})
-
-    def path(self, name: str) -> Path:
-        """Returns the path of a file to leave."""
-        return self.out / f"{self.machine}_{name}"
-
-    def run(self, title: str, words: list[str], settings: Settings, limit_s: float) -> tuple[int, str]:
-        """Run `python WORDS`; return its status and what it printed, of which its last error is shown here.
-
-        One that takes longer than `limit_s` seconds is killed.
-        """
-        print(f"== {title}: python {' '.join(words)}", flush=True)
-        start, environment = time.perf_counter(), {**os.environ}
-        environment |= {name: str(value) for name, value in (self.settings | settings).items()}
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            out, errors = process.communicate(timeout=limit_s)
-            status = process.returncode
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, errors = process.communicate()
-            status = 124
-        said = (errors.strip().splitlines() or ["no error"])[-1]
-        end = f"status {status}: {said}" if status else "done"
-        print(f"== {title}: {end}, {time.perf_counter() - start:.0f} s", flush=True)
-        if status:
-            self.failed.append(title)
-        return status, out
-
-    def make_data(self, val_tokens: int) -> None:
-        """Make the shards, unless they are there, and cut validation. Raises RunError, OSError."""
-        texts = [self.corpus and self.corpus / f"{split}.jsonl.xz" for split in ("val", "train")]
-        for path in (self.tokenizer, *texts):
-            if path is None or not path.is_file():
-                raise T.RunError(f"{path}: no such file; give --corpus and --tokenizer")
-        self.data.mkdir(parents=True, exist_ok=True)
-        tokenizer = self.data / "tokenizer.model"
-        T.write_atomically(tokenizer, self.tokenizer.read_bytes())
-        shard = self.data / "fineweb_val_000000.bin"
-        if not shard.exists():
-            words = ["-m", "tools.data.make_shards", "--tokenizer", str(tokenizer), "--out", str(self.data)]
-            words += ["--val", str(texts[0]), "--train", str(texts[1])]
-            if self.run("shards", words, {}, 600)[0]:
-                raise T.RunError("the shards could not be made")
-        write_shard(shard, T.Shard(shard).read(0, val_tokens).copy())
-
-    def train(self, name: str, seconds: int, settings: Settings) -> None:
-        """Train for so many seconds, quantize, score, and leave the log without its source.
-
-        At about 650 ms a step that is a tenth and less of the record's 7,000 steps; what it counts in steps
-        shrinks likewise, or the learning rate would fall from the first step on.
-        """
-        shorter = {
-            "RUN_ID": f"check_{name}",
-            "MAX_WALLCLOCK_SECONDS": seconds,
-            "VAL_LOSS_EVERY": 0,
-            "TRAIN_LOG_EVERY": 20,
-            "WARMDOWN_ITERS": seconds * 3 // 4,
-            "MUON_MOMENTUM_WARMUP_STEPS": seconds // 3,
-            "SWA_EVERY": max(1, seconds // 60),
-            "EMA_DECAY": 0.96,
-        }
-        self.run(name, ["train_gpt.py"], shorter | settings, 4 * seconds + 300)
-        for suffix in (".txt", ".jsonl"):
-            log = ROOT / f"logs/check_{name}{suffix}"
-            if log.exists():
-                text = log.read_text("utf-8")
-                self.path(name + suffix).write_text(text.split(f"\n{'=' * 100}\n")[-1], "utf-8")
-
-    def bench(self, name: str, words: list[str], settings: Settings) -> bool:
-        """Add a table of tools.measure.bench to NAME.txt and its figures to NAME.jsonl; return if it ran."""
-        steps, trace = 3 if self.dry else 20, self.path(f"{name}_{len(self.benches)}.json.gz")
-        self.benches.append(name)
-        with tempfile.TemporaryDirectory() as folder:
-            figures = Path(folder, "figures.json")
-            more = ["--shards", "--steps", str(steps), "--json", str(figures), "--profile", str(trace)]
-            title = " ".join([*(f"{key}={value}" for key, value in settings.items()), *words])
-            status, printed = self.run(title, ["-m", "tools.measure.bench", *words, *more], settings, 240)
-            with open(self.path(f"{name}.txt"), "a", encoding="utf-8") as file:
-                print(f"== {title}\n{printed or 'did not run'}", file=file)
-            if status == 0:
-                with open(self.path(f"{name}.jsonl"), "a", encoding="utf-8") as file:
-                    print(figures.read_text("utf-8").strip(), file=file)
-        return status == 0
+    def without_paths(self, text: str) -> str:
+        """Returns a text without the folders of this machine."""
+        folders = (self.out, ROOT, *map(sysconfig.get_path, ("purelib", "platlib", "stdlib")))
+        for folder in folders:
+            text = text.replace(f"{folder}/", "").replace(str(folder), ".")
+        return text
 
 
-def right(checks: Checks) -> None:
-    """Parity and attention kernels in fp32 and bf16; a changed token changes no earlier score."""
-    words = ["-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "tests/model/test_on_gpu.py"]
-    status, printed = checks.run("right", words, {}, 300)
-    checks.path("right.txt").write_text(printed.replace(f"{ROOT}/", ""), "utf-8")
-    if status == 5:  # nothing was collected
-        raise T.RunError("tests/model/test_on_gpu.py has no tests")
+@dataclass(frozen=True)
+class Command:
+    """A command: words that follow `python`, and its environment."""
 
-
-def bring_up(checks: Checks) -> None:
-    """100 s of the record, quantization, scoring and TTT on a million tokens, audited."""
-    checks.make_data(3001 if checks.dry else 1_000_001)
-    checks.train("bringup", 100, {"AUDIT": 1})
-
-
-def training_step(checks: Checks) -> None:
-    """Where a training step goes: attention kernels, micro-batches of one and two spans."""
-    checks.make_data(3001 if checks.dry else 1_000_001)
-    for suffix in ("txt", "jsonl"):
-        checks.path(f"step.{suffix}").unlink(missing_ok=True)
-    span, kernels = (128, []) if checks.dry else (SPAN, ["cudnn", "flash"])
-    for kernel in ["", *kernels]:
-        for spans in (1, 2):
-            words = ["train", *(["--attention", kernel] if kernel else [])]
-            checks.bench("step", words, {"MICRO_BATCH_TOKENS": spans * span})
-
-
-def scoring(checks: Checks) -> None:
-    """Speed of scoring and of TTT, in windows and streaming."""
-    checks.make_data(3001 if checks.dry else 1_000_001)
-    for suffix in ("txt", "jsonl"):
-        checks.path(f"eval.{suffix}").unlink(missing_ok=True)
-    for what, settings in (
-        ("score", {"EVAL_STRIDE": 32 if checks.dry else 64}),
-        ("score", {"EVAL_STRIDE": 64 if checks.dry else 2048}),
-        ("ttt", {"EVAL_STRIDE": 32 if checks.dry else 64}),
-        ("score", {"EVAL_MODE": "streaming"}),
-        ("ttt", {"RECIPE": "best"}),
-    ):
-        checks.bench("eval", [what], settings)
-
-
-def quality(checks: Checks) -> None:
-    """Quality at equal time: 240 s of training for each variant."""
-    checks.make_data(3001 if checks.dry else 1_000_001)
-    for name in checks.variants or VARIANTS:
-        checks.train(f"quality_{name}", 240, VARIANTS[name])
-
-
-class Entry(NamedTuple):
-    """Something to measure."""
-
-    action: Callable[[Checks], None]
-    minutes: int  # on an H100 or H200, about
+    name: str  # of its files; several may share them
+    words: tuple[str, ...]
+    settings: Settings
+    figures: str = ""  # file that it leaves, lines of JSON
+    titled: bool = False  # its title stands above what it prints
+    seconds: int = 240  # after which it is ended, so that what hangs costs no more
 
     @property
     def title(self) -> str:
-        """What it is, in a sentence."""
-        return " ".join((self.action.__doc__ or "").split())
+        """The command as one would type it."""
+        values = [f"{name}={value}" for name, value in self.settings.items()]
+        return " ".join([*values, "python", *self.words])
 
 
-ENTRIES = {"0": Entry(right, 1), "1": Entry(bring_up, 4), "2": Entry(training_step, 3)}
-ENTRIES |= {"3": Entry(scoring, 3), "4": Entry(quality, 14)}
+def train(name: str, seconds: int, settings: Settings) -> Command:
+    """Returns a run with so many seconds of training.
+
+    At about 650 ms a step they hold a tenth and less of the record's 7,000 steps. What is counted in steps
+    shrinks likewise, or the learning rate would fall from the first step on.
+    """
+    values = {
+        "RUN_ID": f"check_{name}",
+        "MAX_WALLCLOCK_SECONDS": seconds,
+        "VAL_LOSS_EVERY": 0,
+        "TRAIN_LOG_EVERY": 20,
+        "WARMDOWN_ITERS": seconds * 3 // 4,
+        "MUON_MOMENTUM_WARMUP_STEPS": seconds // 3,
+        "SWA_EVERY": seconds // 60,
+        "EMA_DECAY": 0.96,
+    }
+    figures, limit = f"logs/check_{name}.jsonl", seconds + 320  # to compile, to export and to score
+    return Command(name, ("train_gpt.py",), values | settings, figures, seconds=limit)
 
 
-def machine_of(dry: bool) -> str:
-    """Returns what begins the names of this machine's files. Raises RunError if there is no GPU."""
-    if dry:
-        return "dry"
-    if not torch.cuda.is_available():
-        raise T.RunError("no GPU; --dry tries the commands on a CPU")
-    words = torch.cuda.get_device_name().lower().split()
-    return next((word for word in words if any(map(str.isdigit, word))), words[-1])
+def bench(checks: Checks, name: str, words: tuple[str, ...], settings: Settings) -> Command:
+    """Returns a measurement on the shards' tokens; `words` say of what."""
+    always = ("--shards", "--steps", str(checks.size.steps), "--json", FIGURES)
+    return Command(name, ("-m", "tools.measure.bench", *words, *always), settings, FIGURES, titled=True)
 
 
-def listing() -> str:
-    """Returns the entries in words."""
-    lines = [f"{number}  {entry.minutes:2} min  {entry.title}" for number, entry in ENTRIES.items()]
-    return "\n".join([*lines, f"Variants of entry 4: {' '.join(VARIANTS)}"])
+def right(checks: Checks) -> list[Command]:
+    """Returns the tests of what has to be right on a GPU, with what they measure."""
+    words = ("-m", "pytest", "-v", "-rA", "--no-header", "tests/model/test_on_gpu.py")
+    return [Command("right", words, {"GPU_TESTS_DEVICE": checks.size.device})]
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Entry], Checks]:
-    """Returns the entries to run, and what runs them. Raises RunError."""
-    numbers, variants = ([word for word in args.what if word in names] for names in (ENTRIES, VARIANTS))
-    strange = [word for word in args.what if word not in numbers + variants]
-    if strange or not numbers:
-        raise T.RunError(f"{' '.join(strange) or 'nothing'} to measure: see --list")
-    args.out.mkdir(parents=True, exist_ok=True)
-    machine, out = args.machine or machine_of(args.dry), args.out.resolve()
-    paths = [path and path.resolve() for path in (args.corpus, args.tokenizer)]
-    return [ENTRIES[number] for number in numbers], Checks(machine, out, args.dry, *paths, variants)
+def bring_up(checks: Checks) -> list[Command]:
+    """Returns a short run of the whole recipe, its scoring audited."""
+    return [train("bringup", 100, {"AUDIT": 1})]
+
+
+def training_step(checks: Checks) -> list[Command]:
+    """Returns profiles of a step by each attention kernel, one and two spans at a time."""
+    kernels = list(checks.size.kernels)
+    if not kernels or find_spec("flash_attn_interface"):
+        kernels.insert(0, "")  # train_gpt.py's choice, which else is among them
+    commands = []
+    for kernel in kernels:
+        for spans in (1, 2):
+            profile = checks.file(f"step_{kernel or 'default'}_{spans}", "json.gz")
+            chosen = ("--attention", kernel) if kernel else ()
+            words = ("train", *chosen, "--profile", str(profile))
+            commands.append(bench(checks, "step", words, {"MICRO_BATCH_TOKENS": spans * checks.size.span}))
+    return commands
+
+
+def scoring(checks: Checks) -> list[Command]:
+    """Returns measurements of scoring and TTT, in windows and streaming."""
+    window = checks.size.settings.get("EVAL_SEQ_LEN", 2048)
+    return [
+        bench(checks, "eval", ("score",), {"RECIPE": "record"}),
+        bench(checks, "eval", ("score",), {"RECIPE": "record", "EVAL_STRIDE": window}),
+        bench(checks, "eval", ("ttt",), {"RECIPE": "record"}),
+        bench(checks, "eval", ("score",), {"RECIPE": "record", "EVAL_MODE": "streaming"}),
+        bench(checks, "eval", ("ttt",), {"RECIPE": "best"}),
+    ]
+
+
+VARIANTS: dict[str, Settings] = {
+    "record": {"RECIPE": "record"},
+    "best": {"RECIPE": "best"},
+    "ema": {"RECIPE": "record", "SWA_ENABLED": 0},
+}
+
+
+def quality(checks: Checks) -> list[Command]:
+    """Returns a run of each variant, with equal time."""
+    return [train(f"quality_{name}", 240, VARIANTS[name]) for name in checks.variants or VARIANTS]
+
+
+def nothing(checks: Checks) -> list[Command]:
+    """Returns no command."""
+    return []
+
+
+class Entry(NamedTuple):
+    """Commands that belong together."""
+
+    commands: Callable[[Checks], list[Command]]
+    title: str
+    minutes: str  # with PyTorch's start and compilation on a new machine
+    needs_data: bool = True
+
+
+ENTRIES = {
+    "data": Entry(nothing, "shards for the others; needs no GPU", "1"),
+    "0": Entry(right, "right at all: parity, attention kernels, streams, causality", "1", needs_data=False),
+    "1": Entry(bring_up, "bring-up: 100 s of training, artifact, scoring and TTT, audited", "5"),
+    "2": Entry(training_step, "where a training step goes: attention kernels, micro-batches", "4"),
+    "3": Entry(scoring, "speed of scoring and TTT, in windows and streaming", "4"),
+    "4": Entry(quality, f"quality after 240 s of training: {', '.join(VARIANTS)}", "8 each"),
+}
+
+
+def list_of_entries() -> str:
+    """Returns what --list prints."""
+    rows = [[name, entry.title, entry.minutes] for name, entry in ENTRIES.items()]
+    return table(["entry", "what it measures", "minutes"], rows, right=1)
+
+
+def prepare_data(size: Size, corpus: Path | None, tokenizer: Path | None) -> None:
+    """Make tokenizer and shards unless they are there. Raises RunError, OSError."""
+    folder = ROOT / size.data
+    if (folder / "tokenizer.model").exists():  # it is written last
+        print(f"== data: {size.data} as it is; to make it anew, remove it", flush=True)
+        return
+    if corpus is None or tokenizer is None:
+        raise T.RunError(f"{size.data} holds no data yet: give --corpus and --tokenizer")
+    start, model = time.perf_counter(), load_tokenizer(tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, most in size.tokens.items():
+        path = corpus / f"{split}.jsonl.xz"
+        documents = (text for text, _ in read_file(path))
+        tokens = next(cut(encode(documents, model, lambda documents, tokens: None), most), None)
+        if tokens is None:
+            raise T.RunError(f"{path}: holds no text")
+        shard = f"fineweb_{split}_000000.bin"
+        write_shard(folder / shard, tokens)
+        print(f"== data: {len(tokens):,} tokens in {size.data}/{shard}", flush=True)
+    T.write_atomically(folder / "tokenizer.model", tokenizer.read_bytes())
+    print(f"== data: took {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def environment(checks: Checks, command: Command) -> dict[str, str]:
+    """Returns the environment of a command."""
+    data = checks.size.data
+    ours = {"DATA_PATH": data, "TOKENIZER_PATH": f"{data}/tokenizer.model", "PYTHONUNBUFFERED": 1}
+    values = ours | dict(checks.size.settings) | dict(command.settings)
+    return dict(os.environ) | {name: str(value) for name, value in values.items()}
+
+
+def run_command(checks: Checks, command: Command) -> str:
+    """Run a command, keep what it prints and its figures; return why it failed, "" if it did not."""
+    figures, start, failure = ROOT / command.figures, time.perf_counter(), ""
+    if command.figures:
+        figures.unlink(missing_ok=True)
+    with open(checks.file(command.name, "txt"), "a", encoding="utf-8") as log:
+        if command.titled:
+            print("==", checks.without_paths(command.title), file=log)
+        with started(command.words, ROOT, environment(checks, command), command.seconds) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                print(checks.without_paths(line), end="", file=log, flush=True)
+        took = time.perf_counter() - start
+        if process.returncode:
+            failure = f"status {process.returncode}"
+            if took >= command.seconds:
+                failure = f"not done after {command.seconds} s"
+            print("== failed:", failure, file=log)
+    if command.figures and figures.exists():
+        with open(checks.file(command.name, "jsonl"), "a", encoding="utf-8") as kept:
+            kept.write(checks.without_paths(figures.read_text("utf-8")))
+    print(f"== {f'failed: {failure},' if failure else 'took'} {took:.1f} s", flush=True)
+    return failure
+
+
+def run_commands(checks: Checks, commands: list[Command]) -> list[str]:
+    """Run commands one after another and return what failed, and why. Raises OSError."""
+    failed = []
+    for folder in (checks.out, ROOT / "logs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for command in commands:
+        for ending in ("txt", "jsonl"):
+            checks.file(command.name, ending).unlink(missing_ok=True)
+    for number, command in enumerate(commands, start=1):
+        title = checks.without_paths(command.title)
+        print(f"== {number} of {len(commands)}: {title}", flush=True)
+        if failure := run_command(checks, command):
+            failed.append(f"{title} ({failure})")
+    return failed
+
+
+def checks_of(args: argparse.Namespace) -> Checks:
+    """Returns how the arguments want the commands to be run. Raises RunError."""
+    if args.entry is None:
+        raise T.RunError("which entry? see --list")
+    for name in args.variant:
+        if args.entry != "4" or name not in VARIANTS:
+            raise T.RunError(f"no variant {name!r}; entry 4 has {', '.join(VARIANTS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.dry else "cpu")
+    machine = args.machine or short_name(device)
+    return Checks(DRY if args.dry else FULL, args.out.resolve(), machine, tuple(args.variant))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what the arguments say."""
+    """Run the entry that the arguments name."""
     parser = Parser(__doc__)
-    parser.add_argument("what", nargs="*", help="entries, and variants of entry 4 (all)")
-    parser.add_argument("--list", action="store_true", help="say which entries there are")
-    parser.add_argument("--corpus", type=Path, help="folder of train.jsonl.xz and val.jsonl.xz")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model of 1,024 tokens")
-    parser.add_argument("--out", type=Path, default=ROOT / "logs", help="folder of what is left (logs)")
-    parser.add_argument("--machine", default="", help="begins the names of files (h100, h200, ...)")
-    parser.add_argument("--dry", action="store_true", help="run the commands at a tiny size, on a CPU too")
-    args = parser.parse_args(argv)
+    parser.add_argument("entry", nargs="?", choices=ENTRIES, help="what to measure, see --list")
+    parser.add_argument("variant", nargs="*", default=[], help=f"of entry 4 (all): {', '.join(VARIANTS)}")
+    parser.add_argument("--list", action="store_true", help="print the entries and the minutes they take")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder of the text to make shards of")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model for them")
+    parser.add_argument("--out", type=Path, default=ROOT / "logs", help="folder for what is kept (logs)")
+    parser.add_argument("--machine", metavar="NAME", help="what the files are named after (h100, h200, ...)")
+    parser.add_argument("--dry", action="store_true", help="the same commands at a tiny size, on a CPU")
+    args = parser.parse_intermixed_args(argv)
     if args.list:
-        print(listing())
+        print(list_of_entries())
         return
     with ends_in_one_line():
-        entries, checks = prepare(args)
-        for entry in entries:
-            entry.action(checks)
-    if checks.failed:
-        fail(f"these did not end well: {', '.join(checks.failed)}", 1)
+        checks = checks_of(args)
+        commands = ENTRIES[args.entry].commands(checks)
+        if commands and not args.dry and not torch.cuda.is_available():
+            raise T.RunError("no GPU; --dry tries the commands at a tiny size on a CPU")
+        if ENTRIES[args.entry].needs_data:
+            prepare_data(checks.size, args.corpus, args.tokenizer)
+        failed = run_commands(checks, commands)
+    if failed:
+        fail(f"{len(failed)} of {len(commands)} commands failed: {'; '.join(failed)}", 1)
 
 
 if __name__ == "__main__":

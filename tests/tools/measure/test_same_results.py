@@ -1,57 +1,146 @@
-"""tools.measure.same_results: a rearrangement is the same to the last digit, a changed constant is found."""
+"""tools/measure/same_results.py: the same program has the same results; another constant is found."""
 
-import shutil
 import subprocess
 
 import pytest
 
 from tests import commands
-from tools.common.cli import ROOT
 from tools.measure import same_results
+from tools.measure.same_results import COMPARED, Case, Outcome, copy_program, first_difference, remark
 
 pytestmark = pytest.mark.slow
 
+SMALL = Case({"ITERATIONS": 2, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "EMA_ENABLED": 0, "TTT_ENABLED": 0})
+
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A git checkout of its own with the present program in it."""
-    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train_gpt.py", tmp_path)
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "Present"]):
-        names = ["-c", "user.name=T", "-c", "user.email=t@example.org"]
-        subprocess.run(["git", "-C", tmp_path, *names, *words], check=True)
-    monkeypatch.setattr(same_results, "ROOT", tmp_path)
-    monkeypatch.setitem(same_results.SETTINGS, "ITERATIONS", 3)
-    monkeypatch.setitem(same_results.SETTINGS, "VAL_BATCH_SIZE", 65536)
-    return tmp_path
+def repository(tmp_path, monkeypatch):
+    """The program, committed to a repository of its own."""
+    folder = tmp_path / "repository"
+    copy_program(folder)
+    author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "All"]):
+        subprocess.run(["git", "-C", folder, *words], check=True)
+    monkeypatch.setattr(same_results, "ROOT", folder)
+    monkeypatch.setitem(same_results.CASES, "small", SMALL)
+    return folder
 
 
-def test_the_same_program_is_the_same_and_a_changed_constant_is_found(project, capsys, monkeypatch):
-    before = same_results.run_case
-    outcomes = {}  # of the program as it was committed: it need not run twice
+def row_of(printed):
+    """The cells of the only case."""
+    return [cell.strip() for cell in printed.splitlines()[2].split("|")[1:-1]]
 
-    def run_case(name, program):
-        if program.name == "here":
-            return before(name, program)
-        if name not in outcomes:
-            outcomes[name] = before(name, program)
-        return outcomes[name]
 
-    monkeypatch.setattr(same_results, "run_case", run_case)
-    same_results.main(["HEAD", "streaming"])
-    row = capsys.readouterr().out.splitlines()[2].split("|")
-    assert [cell.strip() for cell in row[1:2] + row[3:4]] == ["streaming", "same"] and int(row[2]) > 20
-    program = project / "train_gpt.py"
-    text = program.read_text("utf-8")
-    assert text.count('F.leaky_relu(f.product("up", self.layer, x, m.up), 0.5)') == 1
-    program.write_text(text.replace("x, m.up), 0.5)", "x, m.up), 0.4)"), "utf-8")
+def test_the_same_program_has_the_same_results_and_a_changed_constant_is_found(repository, capsys):
+    same_results.main(["HEAD", "small"])
+    case, lines, result, artifact = row_of(capsys.readouterr().out)
+    assert (case, result) == ("small", "same") and int(lines) >= 10
+    assert artifact.startswith("same, SHA-256 ")
+
+    program = repository / "train_gpt.py"
+    changed = program.read_text("utf-8").replace("3.4445 * X", "3.4465 * X")
+    assert changed != program.read_text("utf-8")
+    program.write_text(changed, "utf-8")
     with pytest.raises(SystemExit) as end:
-        same_results.main(["HEAD", "streaming"])
-    out, err = capsys.readouterr()
-    found = out.splitlines()[2].split("|")[3]
-    assert end.value.code == 1 and " before, " in found and " here" in found and "1 of 1 cases differ" in err
+        same_results.main(["HEAD", "small"])
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and printed.err.endswith("error: 1 of 1 cases differ\n")
+    _, _, result, artifact = row_of(printed.out)
+    assert "_exact val_loss: " in result and " before, " in result and result.endswith(" here")
+    assert artifact.startswith("SHA-256 ") and "... before, " in artifact
 
 
-def test_bad_input_gives_one_line(project):
-    assert commands.fails(same_results.main, "HEAD", "nothing").startswith("no case 'nothing'; there are ")
-    assert commands.fails(same_results.main, "v9", "windows").startswith("git rev-parse: ")
+# What is compared
+
+
+def outcome_of(*lines):
+    outcome = Outcome()
+    for line in lines:
+        outcome.read(line)
+    return outcome
+
+
+EXACT = "legal_ttt_exact val_loss:1.50000000 val_bpb:0.50000000"
+
+
+@pytest.mark.parametrize(
+    "line, what, digits",
+    [
+        ("step:1/20 train_loss:6.9288 train_time:698ms", "step:1/20 train_loss", "6.9288"),
+        ("step:7/20 val_loss:3.2 val_bpb:1.8604 train_time:1ms", "step:7/20 val_loss", "3.2 val_bpb:1.8604"),
+        ("average average:ema holdout_loss:3.24493", "average average:ema holdout_loss", "3.24493"),
+        ("chosen average:raw", "chosen average", "raw"),
+        ("late_qat step:106 knob:1.48378", "late_qat step", "106 knob:1.48378"),
+        ("quantized knob:1.52742 took:4.7", "quantized knob", "1.52742"),
+        (EXACT, "legal_ttt_exact val_loss", "1.50000000 val_bpb:0.50000000"),
+        ("ttt_chunk [3/31] bpb=1.779804 time=1.1s", "ttt_chunk [3/31] bpb", "1.779804"),
+        ("audit violations:0 share:0.1", "audit violations", "0"),
+    ],
+)
+def test_digits_are_compared_and_times_are_not(line, what, digits):
+    assert COMPARED.match(line).group("what", "digits") == (what, digits)
+
+
+@pytest.mark.parametrize(
+    "line", ["legal_ttt eval_time:1ms, peak memory 1 MiB", "warm_up reserve:1 took:2", "settings: SEED=1"]
+)
+def test_what_depends_on_the_machine_or_the_code_is_not_compared(line):
+    assert not COMPARED.match(line)
+
+
+def test_of_a_step_that_is_done_again_the_last_line_counts():
+    again = outcome_of("step:1/2 train_loss:5", "resumed step:0", "step:1/2 train_loss:6", EXACT)
+    assert again.digits["step:1/2 train_loss"] == "6" and again.resumed == 1
+    assert first_difference(again, outcome_of("step:1/2 train_loss:6 left:3s", EXACT)) == ""
+
+
+@pytest.mark.parametrize(
+    "before, here, told",
+    [
+        ([EXACT], [EXACT.replace("1.5", "1.6")], "legal_ttt_exact val_loss: 1.50000000 val_bpb:0.50000000"),
+        (["chosen average:raw", EXACT], [EXACT], "chosen average: raw before, no such line here"),
+        ([EXACT], [EXACT, "chosen average:raw"], "chosen average: no such line before, raw here"),
+        (["chosen average:raw"], ["chosen average:raw"], "before: logs no exact score"),
+    ],
+)
+def test_the_first_difference_is_told(before, here, told):
+    assert first_difference(outcome_of(*before), outcome_of(*here)).startswith(told)
+
+
+def test_a_run_that_fails_is_a_difference():
+    failed = Outcome(error="ended with status 2: no such setting")
+    assert first_difference(outcome_of(EXACT), failed) == "here: ended with status 2: no such setting"
+    assert remark(failed, failed) == "none"
+
+
+def test_a_program_that_fails_or_never_reaches_the_line_to_be_killed_at_says_so(tmp_path, monkeypatch):
+    (tmp_path / "train_gpt.py").write_text(
+        "import sys; print('begun'); print('wrong', file=sys.stderr); exit(2)"
+    )
+    monkeypatch.setitem(same_results.CASES, "fails", Case())
+    monkeypatch.setitem(same_results.CASES, "killed", Case(kills=("begun",)))
+    assert same_results.run_case("fails", tmp_path).error == "ended with status 2: wrong"
+    assert same_results.run_case("killed", tmp_path).error == "no second line begins with 'begun'"
+
+
+def test_every_programs_artifact_may_have_as_many_bytes(tmp_path):
+    limits = set()
+    for size in (10, 2000):
+        program = tmp_path / str(size)
+        program.mkdir()
+        (program / "train_gpt.py").write_text("#" * size)
+        (values,) = same_results.environments(same_results.CASES["tight"], program)
+        limits.add(int(values["ARTIFACT_LIMIT"]) - size)
+    assert limits == {same_results.CASES["tight"].room}
+
+
+# What cannot be compared
+
+
+def test_bad_arguments_give_one_line(repository, monkeypatch):
+    assert commands.fails(same_results.main, "nowhere") == "git knows no revision 'nowhere'"
+    assert commands.fails(same_results.main, "HEAD:tools") == "git knows no revision 'HEAD:tools'"
+    assert commands.fails(same_results.main, "HEAD", "fast").startswith("no case 'fast'; there are windows ")
+    assert commands.fails(same_results.main).startswith("the following arguments are required: revision")
+    monkeypatch.setattr(same_results, "ROOT", repository.parent)
+    assert commands.fails(same_results.main, "HEAD").startswith("git: fatal: not a git repository")
