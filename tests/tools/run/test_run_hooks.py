@@ -12,7 +12,6 @@ import torch
 
 import train_gpt as T
 from tests import tiny
-from tests.tools.run.test_checkpoint import data, folder  # noqa: F401
 from tools.run import HookGroup, make_hooks
 from tools.run.events import Events, drop_torn_line
 from tools.run.progress import Progress
