@@ -6,6 +6,8 @@ import numpy as np
 
 import train_gpt as T
 
+STATED = "fineweb_val.json"  # beside validation shards: their tokens and bytes
+
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens (n,) as a shard, whole or not at all. Raises OSError."""

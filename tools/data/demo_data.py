@@ -26,7 +26,8 @@ from pathlib import Path
 import sentencepiece
 
 from tools.common.cli import Parser, ends_in_one_line
-from tools.data.make_shards import write_shards
+from tools.common.shards import STATED
+from tools.data.make_shards import Tally, write_shards
 from train_gpt import RunError
 
 SPACE = "\u2581"  # how SentencePiece writes a space, so that it cannot tell the two apart
@@ -34,7 +35,7 @@ VAL_BYTES = 250_000
 MIN_BYTES = 2_000_000
 MAX_DOCUMENT_BYTES = 100_000  # a longer one could be most of the validation part
 VOCAB_SIZE = 1024
-FILES = ("tokenizer.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin")
+FILES = ("tokenizer.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin", STATED)
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 SKIPPED_MODULES = {"readline"}  # may write to the terminal on import
 
@@ -196,11 +197,9 @@ def build(
     say(f"trained a tokenizer of {VOCAB_SIZE} tokens on the training documents")
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     for split, documents in (("val", val), ("train", train)):
-        tokens, size = write_shards(documents, tokenizer, folder, split), size_of(documents)
-        say(
-            f"{split}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens, "
-            f"{size / tokens:.3f} bytes per token"
-        )
+        tally = write_shards(documents, Tally(tokenizer), folder, split)
+        each = tally.source_bytes / tally.tokens
+        say(f"{split}: {len(documents)} documents, {tally.report()}, {each:.3f} bytes per token")
 
 
 def demo_data(out: Path, val_bytes: int, force: bool) -> None:

@@ -6,23 +6,33 @@
 A .txt file is one document; a .jsonl file has one document a line, under "text"; both may be compressed as
 .xz. Files are streamed, so they may be larger than memory, but no document may exceed MAX_DOCUMENT_BYTES.
 Every document is led by the BOS id. Shards cut the token stream wherever they are full, and appear together
-once all of them are complete.
+once all of them are complete; only then old ones make way. A training document that is also one of
+validation is left out.
+
+It says how many bytes the text has and how many a run counts for its tokens, and what the tokenizer dropped
+of the others. The tokens and bytes of validation are stated in fineweb_val.json, which a run checks.
 """
 
 import argparse
+import codecs
+import hashlib
 import json
 import lzma
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import torch
 
+import train_gpt as T
 from tools.common.cli import Parser, ends_in_one_line
-from tools.common.shards import write_shard
+from tools.common.shards import STATED, write_shard
 from train_gpt import RunError
 
 SPLITS = ("val", "train")
@@ -30,13 +40,26 @@ SHARD_TOKENS = 100_000_000
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 MAX_VOCAB_SIZE = 2**16  # tokens are uint16
 MAX_DOCUMENT_BYTES = 2**26
+SPACES = ("\u2581", " ")  # SentencePiece's
 BATCH_CHARS = 2**22  # encoded at once, by all cores
+
+
+def check_spaces(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
+    """Raises RunError for a tokenizer whose spaces' bytes train_gpt.py cannot tell from the tokens."""
+    seen = tokenizer.normalize("a")
+    if tokenizer.piece_to_id(SPACES[0]) == tokenizer.unk_id():
+        raise RunError(f"{name}: has no piece of one space (U+2581), so that its bytes cannot be counted")
+    if seen.endswith(SPACES):
+        raise RunError(f"{name}: adds a space behind each text, so that its bytes cannot be counted")
+    if not seen.startswith(SPACES):
+        raise RunError(f"{name}: adds no space before a text (add_dummy_prefix), by which bytes are counted")
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     """Returns the tokenizer.
 
-    Raises RunError for a missing or broken file, more tokens than uint16 holds, or no BOS.
+    Raises RunError for a missing or broken file, more tokens than uint16 holds, no BOS, or bytes that cannot
+    be counted.
     """
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
@@ -49,6 +72,7 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         )
     if tokenizer.bos_id() < 0:
         raise RunError(f"tokenizer {path}: has no BOS id, which has to lead every document")
+    check_spaces(tokenizer, f"tokenizer {path}")
     return tokenizer
 
 
@@ -74,7 +98,9 @@ def read_file(path: Path) -> Iterator[tuple[str, int]]:
         read, decode = (stream.read, bytes.decode) if is_text else (stream.readline, parse_record)
         number = 0
         try:
-            for number, data in enumerate(iter(lambda: read(MAX_DOCUMENT_BYTES + 1), b""), start=1):  # noqa: B007 (for the error)
+            for number, data in enumerate(iter(lambda: read(MAX_DOCUMENT_BYTES + 1), b""), start=1):
+                if number == 1:
+                    data = data.removeprefix(codecs.BOM_UTF8)
                 if len(data) > MAX_DOCUMENT_BYTES:
                     raise ValueError(f"a document of more than {MAX_DOCUMENT_BYTES:,} bytes; divide it")
                 if data.strip() and (text := decode(data)):
@@ -127,19 +153,80 @@ def take(documents: Iterator[str], chars: int) -> list[str]:
     return batch
 
 
+def digest(text: str) -> bytes:
+    """Returns a hash of a document, spaces at its ends left out."""
+    return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+
+
+@dataclass
+class Tally:
+    """What was encoded of a split, and how many bytes it stands for."""
+
+    tokenizer: sentencepiece.SentencePieceProcessor
+    documents: int = 0
+    tokens: int = 0
+    source_bytes: int = 0  # of the texts
+    counted_bytes: int = 0  # of their tokens, by which a run scores
+    normalized_bytes: int = 0  # of the texts as the tokenizer sees them
+    unknown: int = 0  # tokens that stand for text nobody can tell
+    left_out: int = 0  # documents that are also in `others`
+    others: set[bytes] | None = None  # digest() of documents that must not be here
+    digests: set[bytes] = field(default_factory=set)  # of these documents, unless there are others
+
+    def __post_init__(self) -> None:
+        self.tables = T.byte_tables(self.tokenizer)
+        self.added = self.tokenizer.normalize("a").startswith(SPACES)
+
+    def wanted(self, documents: Iterable[str]) -> Iterator[str]:
+        """Yield the documents that are not in `others`."""
+        for text in documents:
+            own = digest(text)
+            if self.others is None:
+                self.digests.add(own)
+            elif own in self.others:
+                self.left_out += 1
+                continue
+            yield text
+
+    def add(self, texts: list[str], encoded: list[list[int]]) -> None:
+        """Count texts and their tokens, each led by BOS."""
+        tokens = torch.tensor(list(chain.from_iterable(encoded)))
+        source = sum(len(text.encode()) for text in texts)
+        counted = int(self.tables.count(tokens[:-1], tokens[1:]).sum())
+        normalized = source
+        if counted != source:
+            normalized = sum(self.size_seen(text) for text in texts)
+        self.documents, self.tokens = self.documents + len(texts), self.tokens + len(tokens)
+        self.source_bytes, self.counted_bytes = self.source_bytes + source, self.counted_bytes + counted
+        self.normalized_bytes += normalized
+        self.unknown += int((tokens == self.tokenizer.unk_id()).sum())
+
+    def size_seen(self, text: str) -> int:
+        """Returns the bytes of a text as the tokenizer sees it."""
+        seen = self.tokenizer.normalize(text).replace(*SPACES)
+        return len(seen.encode()) - (self.added and seen.startswith(" "))
+
+    def report(self) -> str:
+        """Returns what was counted, in words."""
+        line = f"{self.tokens:,} tokens, {self.source_bytes:,} bytes of text, {self.counted_bytes:,} counted"
+        changed, lost = self.source_bytes - self.normalized_bytes, self.normalized_bytes - self.counted_bytes
+        if changed:
+            line += f"; the tokenizer's normalisation and rules of spaces dropped {changed:,} bytes"
+        if lost:
+            line += f"; {self.unknown:,} unknown tokens stand for {lost:,} bytes that do not count"
+        return line + (f"; {self.left_out:,} documents of validation left out" if self.left_out else "")
+
+
 def encode(
-    documents: Iterable[str],
-    tokenizer: sentencepiece.SentencePieceProcessor,
-    progress: Callable[[int, int], None],
+    documents: Iterable[str], tally: Tally, progress: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of batch after batch as uint16, each document led by BOS."""
-    left, documents_done, tokens_done = iter(documents), 0, 0
+    left = tally.wanted(documents)
     while batch := take(left, BATCH_CHARS):
-        encoded = tokenizer.encode(batch, add_bos=True, num_threads=os.cpu_count())
+        encoded = tally.tokenizer.encode(batch, add_bos=True, num_threads=os.cpu_count())
+        tally.add(batch, encoded)
         yield np.concatenate([np.array(ids, np.uint16) for ids in encoded])
-        documents_done += len(batch)
-        tokens_done += sum(map(len, encoded))
-        progress(documents_done, tokens_done)
+        progress(tally.documents, tally.tokens)
 
 
 def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
@@ -158,29 +245,31 @@ def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
 
 def write_shards(
     documents: Iterable[str],
-    tokenizer: sentencepiece.SentencePieceProcessor,
+    tally: Tally,
     out_dir: Path,
     split: str,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int, int], None] = lambda documents, tokens: None,
-) -> int:
-    """Write out_dir/fineweb_SPLIT_%06d.bin with at most shard_tokens tokens each, and return the number of
-    tokens.
+) -> Tally:
+    """Write out_dir/fineweb_SPLIT_%06d.bin with at most shard_tokens tokens each, and return the tally.
 
-    progress(documents, tokens) hears of every batch. Raises RunError if there are no documents.
+    Of validation also state what is in them. progress(documents, tokens) hears of every batch. Raises
+    RunError if there are no documents.
     """
-    total = 0
-    for index, tokens in enumerate(cut(encode(documents, tokenizer, progress), shard_tokens)):
+    for index, tokens in enumerate(cut(encode(documents, tally, progress), shard_tokens)):
         write_shard(Path(out_dir) / f"fineweb_{split}_{index:06d}.bin", tokens)
-        total += len(tokens)
-    if not total:
+    if not tally.tokens:
         raise RunError(f"{split}: the input holds no text")
-    return total
+    if split == "val":
+        stated = {"documents": tally.documents, "tokens": tally.tokens, "bytes": tally.counted_bytes}
+        T.write_atomically(Path(out_dir) / STATED, (json.dumps(stated) + "\n").encode())
+    return tally
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """Returns the shards in a folder."""
-    return [path for split in SPLITS for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
+    """Returns the shards in a folder and what is stated of them."""
+    found = [path for split in SPLITS for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
+    return found + [path for path in [folder / STATED] if path.exists()]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -206,17 +295,19 @@ def make_shards(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=args.out) as unfinished:
+        tally = Tally(tokenizer)
         for split, paths in zip(SPLITS, (args.val, args.train), strict=True):
             progress = Progress(split, paths)
-            tokens = write_shards(
-                progress.documents(), tokenizer, unfinished, split, args.shard_tokens, progress
-            )
-            print(f"{split}: {tokens:,} tokens in {time.perf_counter() - progress.start:.1f} s", flush=True)
-        for path in find_shards(args.out):
+            write_shards(progress.documents(), tally, unfinished, split, args.shard_tokens, progress)
+            print(f"{split}: {tally.report()}, {time.perf_counter() - progress.start:.1f} s", flush=True)
+            tally = Tally(tokenizer, others=tally.digests)
+        new = [args.out / path.name for path in find_shards(Path(unfinished))]
+        old = set(find_shards(args.out)) - set(new)
+        for path in new:
+            os.replace(Path(unfinished) / path.name, path)
+        for path in old:
             path.unlink()
-        for path in find_shards(Path(unfinished)):
-            os.replace(path, args.out / path.name)
-            print(args.out / path.name)
+    print(*new, sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:

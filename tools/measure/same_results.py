@@ -36,7 +36,7 @@ from tools.common.processes import end_group, started
 from tools.common.shards import write_shard
 from tools.common.tables import table
 from tools.data import demo_data
-from tools.data.make_shards import encode
+from tools.data.make_shards import Tally, encode
 
 LIMIT = 300  # seconds of a run, which takes six on a core of its own
 DOCUMENTS = 40  # modules of the standard library, from which the text is made
@@ -134,7 +134,7 @@ def make_data(folder: Path) -> None:
     model = demo_data.train_tokenizer(texts)
     (folder / "tokenizer.model").write_bytes(model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tokens = np.concatenate(list(encode(texts, tokenizer, lambda documents, tokens: None)))
+    tokens = np.concatenate(list(encode(texts, Tally(tokenizer), lambda documents, tokens: None)))
     if len(tokens) < max(high for _, high in SHARDS.values()):
         raise T.RunError(f"the first {DOCUMENTS} modules of this Python's library hold too little text")
     for name, (low, high) in SHARDS.items():

@@ -115,8 +115,8 @@ def test_it_says_documents_bytes_and_tokens_of_each_split(demo, documents):
             demo_data.size_of(documents[split]),
             len(Shard(demo[0] / f"fineweb_{split}_000000.bin").read()),
         )
-        said = f"{split}: {len(documents[split])} documents, {size:,} bytes, {tokens:,} tokens, "
-        said += f"{size / tokens:.3f} bytes"
+        said = f"{split}: {len(documents[split])} documents, {tokens:,} tokens, {size:,} bytes of text, "
+        said += f"{size:,} counted, {size / tokens:.3f} bytes per token"
         assert any(said in line for line in lines)
 
 

@@ -6,6 +6,8 @@ import json
 import lzma
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import sentencepiece
 
 from tests.commands import fails
 from tests.forked import Process
+from tools.common.cli import ROOT
 from tools.data import make_shards
 from train_gpt import RunError, Shard
 
@@ -88,7 +91,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_documents_come_back_from_the_shards_each_led_by_bos(tmp_path, tokenizer):
-    tokens = make_shards.write_shards(DOCUMENTS, tokenizer, tmp_path, "train")
+    tokens = make_shards.write_shards(DOCUMENTS, make_shards.Tally(tokenizer), tmp_path, "train").tokens
     [shard] = shards_of(tmp_path, "train")
     assert len(shard) == tokens == sum(len(tokenizer.encode(text)) + 1 for text in DOCUMENTS)
     assert documents_of([shard], tokenizer) == DOCUMENTS
@@ -99,7 +102,9 @@ def test_shards_are_full_but_the_last_and_hold_the_same_stream(
     tmp_path, tokenizer, shard_tokens, monkeypatch
 ):
     monkeypatch.setattr(make_shards, "BATCH_CHARS", 20)
-    tokens = make_shards.write_shards(DOCUMENTS, tokenizer, tmp_path, "val", shard_tokens)
+    tokens = make_shards.write_shards(
+        DOCUMENTS, make_shards.Tally(tokenizer), tmp_path, "val", shard_tokens
+    ).tokens
     shards = shards_of(tmp_path, "val")
     assert [len(shard) for shard in shards[:-1]] == [shard_tokens] * (len(shards) - 1)
     assert 0 < len(shards[-1]) <= shard_tokens and sum(map(len, shards)) == tokens
@@ -120,13 +125,13 @@ def test_documents_are_streamed(tmp_path, tokenizer, monkeypatch):
             shards_seen.append(len(shards_of(tmp_path, "train")))
             yield text
 
-    make_shards.write_shards(documents(), tokenizer, tmp_path, "train", shard_tokens=10)
+    make_shards.write_shards(documents(), make_shards.Tally(tokenizer), tmp_path, "train", shard_tokens=10)
     lengths = [len(tokenizer.encode(text)) + 1 for text in DOCUMENTS]
     assert shards_seen == [0, *np.cumsum(lengths)[:-1] // 10]
 
 
 def test_a_header_is_256_int32_and_the_tokens_uint16(tmp_path, tokenizer):
-    tokens = make_shards.write_shards(DOCUMENTS, tokenizer, tmp_path, "val")
+    tokens = make_shards.write_shards(DOCUMENTS, make_shards.Tally(tokenizer), tmp_path, "val").tokens
     data = (tmp_path / "fineweb_val_000000.bin").read_bytes()
     assert np.frombuffer(data, "<i4", 256).tolist() == [20240520, 1, tokens] + [0] * 253
     assert len(data) == 1024 + 2 * tokens
@@ -162,7 +167,8 @@ def test_the_command_line_ends_with_0_or_with_one_line_and_2(folder):
     )
     out, err = good.communicate(60)
     assert (good.returncode, err) == (0, "")
-    assert out.splitlines()[-1] == str(Path("out/fineweb_train_000000.bin"))
+    names = ("fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_val.json")
+    assert out.splitlines()[-3:] == [str(Path("out", name)) for name in names]
     out, err = bad.communicate(60)
     assert (bad.returncode, err) == (2, "error: missing.jsonl: no such file\n")
 
@@ -255,7 +261,8 @@ def test_shards_are_replaced_only_with_force_and_then_all_of_them(folder):
     assert "out: holds shards already" in error_of("--train", "train.jsonl")
     assert contents("out") == before and len(before) > 3
     run("--train", "train.jsonl", "--force")
-    assert set(contents("out")) == {"notes.md", "fineweb_val_000000.bin", "fineweb_train_000000.bin"}
+    shards = {"fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_val.json"}
+    assert set(contents("out")) == {"notes.md"} | shards
 
 
 def test_a_run_that_fails_late_leaves_the_old_shards(folder):
@@ -270,7 +277,9 @@ def test_progress_says_documents_tokens_speed_and_time_left(folder, capsys, toke
     monkeypatch.setattr(make_shards, "BATCH_CHARS", 1)
     Path("two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     progress = make_shards.Progress("train", [Path("two.jsonl")], every=0.0)
-    make_shards.write_shards(progress.documents(), tokenizer, folder, "train", progress=progress)
+    make_shards.write_shards(
+        progress.documents(), make_shards.Tally(tokenizer), folder, "train", progress=progress
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and progress.bytes_read == progress.total_bytes == Path("two.jsonl").stat().st_size
     assert re.fullmatch(r"train: 1 documents, \d+ tokens, \d+\.\d MB/s, \d+ s left", lines[0])
@@ -280,5 +289,61 @@ def test_progress_says_documents_tokens_speed_and_time_left(folder, capsys, toke
 def test_progress_keeps_still_between_its_lines(folder, capsys, tokenizer, monkeypatch):
     monkeypatch.setattr(make_shards, "BATCH_CHARS", 1)
     progress = make_shards.Progress("train", [Path("train.jsonl")], every=60.0)
-    make_shards.write_shards(progress.documents(), tokenizer, folder, "train", progress=progress)
+    make_shards.write_shards(
+        progress.documents(), make_shards.Tally(tokenizer), folder, "train", progress=progress
+    )
     assert capsys.readouterr().out == ""
+
+
+def test_a_byte_order_mark_is_no_text(folder):
+    bom = "\ufeff".encode()
+    Path("bom.txt").write_bytes(bom + b"one")
+    Path("bom.jsonl").write_bytes(bom + b'{"text": "one"}\n')
+    for name in ("bom.txt", "bom.jsonl"):
+        assert [text for text, _ in make_shards.read_file(Path(name))] == ["one"]
+
+
+def test_documents_of_validation_are_left_out_of_training_and_counted(folder, capsys):
+    Path("own.jsonl").write_text('{"text": "one"}\n{"text": " a text of both\\n"}\n{"text": "two"}\n')
+    Path("val.jsonl").write_text('{"text": "a text of both"}\n{"text": "only here"}\n')
+    make_shards.main(
+        [*["--tokenizer", "tokenizer.model", "--out", "out", "--val", "val.jsonl", "--train", "own.jsonl"]]
+    )
+    said = capsys.readouterr().out
+    assert "1 documents of validation left out" in said.splitlines()[1]
+    (train,) = shards_of(Path("out"), "train")
+    tokenizer = make_shards.load_tokenizer(Path("tokenizer.model"))
+    documents = " ".join(map(str, train.tolist())).split(f"{tokenizer.bos_id()} ")[1:]
+    assert [tokenizer.decode(list(map(int, ids.split()))) for ids in documents] == ["one", "two"]
+
+
+def test_what_is_stated_is_what_the_text_has(folder, capsys):
+    run("--train", "train.jsonl")
+    stated = json.loads(Path("out/fineweb_val.json").read_text())
+    assert stated["tokens"] == len(shards_of(Path("out"), "val")[0])
+    assert stated["bytes"] == len(Path("val.txt").read_bytes()) and stated["documents"] == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"val: {stated['tokens']:,} tokens, {stated['bytes']:,} bytes of text, ")
+    assert f" {stated['bytes']:,} counted, " in line
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_costs_no_shards(folder):
+    """As with `| head -2`: the old ones stay, or the new ones are there whole."""
+    run("--train", "train.jsonl", "--shard-tokens", "2")
+    before = contents("out")
+    command = ["-m", "tools.data.make_shards", *USUAL, "--train", "train.jsonl", "--force"]
+    for lines in (0, 2):
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=dict(os.environ) | {"PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(lines):
+            process.stdout.readline()
+        process.stdout.close()
+        process.wait(120)
+        after = contents("out")
+        assert after == before or {"fineweb_val_000000.bin", "fineweb_train_000000.bin"} <= after.keys()
+        assert len(after) in (len(before), 3)
