@@ -43,8 +43,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 
-# First of all, or its defaults keep the process group, whose threads now and then abort Python's end
-# ("terminate called without an active exception"; PyTorch 2.13, Python 3.11, pytorch issue 190489)
+# First, or its defaults keep the process group, whose threads may abort Python's end (pytorch issue 190489)
 import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +51,7 @@ from torch import Tensor, nn
 Value = TypeVar("Value")
 State = dict[str, Any]
 Named = Mapping[str, Tensor]
-SPANS = 8  # of a step, and most processes: what ranks share is cut in 8
+SPANS = 8  # of a step, and most processes
 
 
 class RunError(Exception):
@@ -219,10 +218,10 @@ BEST = {"eval_mode": "streaming", "ttt_entropy_adapt": False, "ttt_lr": 0.01}
 BEST |= {"ttt_epochs": 1, "ttt_chunk_tokens": 2048, "ttt_decay": 0.005}
 RECIPES = {"best": BEST, "record": {name: FIELDS[name.upper()].default for name in BEST}}
 
-# Names that begin like a setting's are misspelt ones, but for these
+# Names that begin like a setting's are misspelt, but for these
 COMMON_PREFIXES = {"ARTIFACT", "CUDA", "DATA", "HEAD", "MAX", "MODEL", "NCCL", "NUM", "RUN", "SEED", "TORCH"}
 OWN_PREFIXES = {name.split("_")[0] for name in FIELDS} - COMMON_PREFIXES
-NEAR_MISS = 0.91  # difflib's ratio that makes any other name a misspelt one
+NEAR_MISS = 0.91  # difflib's ratio of any other misspelt name
 
 KINDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 KINDS[tuple[int, ...]] = "integers separated by commas"
@@ -307,7 +306,7 @@ def rank() -> int:
 
 def start_processes() -> torch.device:
     """Join torchrun's process group, if any; return the device. Raises RunError."""
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    world, local_rank = (int(os.environ.get(n) or d) for n, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if SPANS % world != 0:
         raise RunError(f"{world} processes: use 1, 2, 4 or 8")
     cuda = torch.cuda.is_available()
@@ -315,6 +314,8 @@ def start_processes() -> torch.device:
         raise RunError(f"no GPU for process {local_rank}: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(local_rank)
+    if world > 1 and not os.environ.get("RANK"):
+        raise RunError("WORLD_SIZE without RANK: start by torchrun")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device(f"cuda:{local_rank}" if cuda else "cpu")
@@ -443,7 +444,7 @@ class Clock:
 
 
 class Hooks:
-    """Where tools may watch a run: these methods do nothing, classes in tools/run/ override some.
+    """Where tools may watch a run: these methods do nothing, tools/run/ overrides some.
 
     Ranks call them in one order, except on_event, on_progress, on_error. Only restore_* give a state, only
     should_stop ends a run; on_start, on_scoring, on_end may raise RunError.
@@ -571,7 +572,7 @@ class Run:
     @property
     def log_path(self) -> Path:
         """The log's file."""
-        return Path(f"logs/{self.settings.run_id}.txt")
+        return Path(f"logs/{self.settings.run_id}{'.eval' if self.settings.eval_only else ''}.txt")
 
     @property
     def artifact_path(self) -> Path:
@@ -785,11 +786,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
-class KVCache:
-    """Keys (normed, not rotated) and values of the P positions before: slots (2, B, P, K, d) by execution."""
-
-    def __init__(self, slots: list[Tensor]):
-        self.slots = slots
+# Keys (normed, not rotated) and values of P positions before: (2, B, P, K, d) for each execution
+KVCache = list[Tensor]
 
 
 class Matrices(NamedTuple):
@@ -825,8 +823,8 @@ class Forward:
         if self.ranks > 1:  # each rank adds its own part to a tensor of all
             before = rank() * own
             kv = _AllReduce.apply(F.pad(kv, (0, 0, 0, 0, before, (self.ranks - 1) * own - before)))
-        kv = torch.cat((self.cache.slots[slot], kv), dim=2)  # (2, B, P + ranks * T, K, d)
-        self.cache.slots[slot] = kv[:, :, own - len(self.cos) :].detach().contiguous()
+        kv = torch.cat((self.cache[slot], kv), dim=2)  # (2, B, P + ranks * T, K, d)
+        self.cache[slot] = kv[:, :, own - len(self.cos) :].detach().contiguous()
         k, v = kv.narrow(2, before, len(self.cos))
         return k, v
 
@@ -970,7 +968,7 @@ class GPT(nn.Module):
         moments: dict[str, Tensor] | None = None,
     ) -> Forward:
         """Returns what the layers share when each of `ranks` reads `length` positions."""
-        past, s, device = 0 if cache is None else cache.slots[0].size(2), self.s, self.tok_emb.device
+        past, s, device = 0 if cache is None else cache[0].size(2), self.s, self.tok_emb.device
         sizes = past + length, past or length
         if sizes not in self.rotary:
             tables = rotary_tables(*sizes, s.rope_dims, s.rope_base, device)
@@ -1039,7 +1037,7 @@ class GPT(nn.Module):
     def empty_cache(self, lanes: int) -> KVCache:
         """Returns the cache of streams without a past."""
         shape = (2, lanes, 0, self.s.num_kv_heads, self.s.model_dim // self.s.num_heads)
-        return KVCache([torch.empty(shape, dtype=self.dtype, device=self.tok_emb.device)] * len(self.order))
+        return [torch.empty(shape, dtype=self.dtype, device=self.tok_emb.device)] * len(self.order)
 
     def zero_frozen_gradients(self, layers: int) -> None:
         """Zero the first layers' gradients, in banks and other shared weights too."""
@@ -1634,7 +1632,7 @@ class Scorer:
 
     def read(self, at: Tensor, matrices: Matrices, cache: KVCache | None = None, ranks: int = 1) -> Read:
         """Read positions (B, T), in a stream behind a cache, which is brought up to date."""
-        before, seen = cache and KVCache(list(cache.slots)), at
+        before, seen = cache and list(cache), at
         if cache is not None:  # the embedding also looks at the two tokens before
             seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
         context = self.model.context(at.size(1), cache, ranks)
@@ -1707,7 +1705,7 @@ class Learner(Stateful):
 
     def __init__(self, model: GPT, s: Settings, hooks: Hooks = NO_HOOKS):
         self.model, self.s, self.hooks, self.weights = model, s, hooks, list(model.parameters())
-        self.first, self.slots = copies(self.weights), model.empty_cache(1).slots
+        self.first, self.slots = copies(self.weights), model.empty_cache(1)
         self.rule = NewtonSchulz(self.weights, s.ttt_lr, s.ttt_ns_steps)
         if not s.ttt_muon:
             self.rule = torch.optim.SGD(self.weights, s.ttt_lr, momentum=s.ttt_momentum)
@@ -1801,9 +1799,9 @@ class StreamingMode:
             ranks, C = world_size(), self.s.ttt_chunk_tokens
             length, low = C // ranks, self.scorer.window + (chunk - 1) * C + rank() * (C // ranks)
         at = low + torch.arange(length, device=self.scorer.tokens.device)[None]  # (1, T)
-        cache = KVCache(list(self.before))
+        cache = list(self.before)
         read = self.scorer.read(at, self.learner.model.matrices(), cache, ranks)
-        self.learner.slots = cache.slots
+        self.learner.slots = cache
         return read
 
     def score_chunk(self, chunk: int) -> Tensor:
@@ -2185,10 +2183,10 @@ def log_beginning(run: Run, source: bytes, kernel: str) -> None:
 
 
 def train_and_export(
-    run: Run, attention: AttentionKernel, text: Tensor, tables: ByteTables, fingerprint: str, limit: int
+    run: Run, trainer: Trainer, text: Tensor, tables: ByteTables, fingerprint: str, limit: int
 ) -> None:
     """Train a model and write its artifact. Raises RunError, Stopped."""
-    s, trainer = run.settings, together(lambda: Trainer(run, attention))
+    s = run.settings
     sizes = {"parameters": sum(map(torch.numel, trainer.weights)), "validation_tokens": len(text)}
     run.log.event("data", **sizes, training_tokens=sum(trainer.shard_lengths))
     scorer = Scorer(trainer.model, text, tables, s.eval_seq_len, s.val_batch_size // SPANS, run.hooks)
@@ -2225,19 +2223,21 @@ def execute(run: Run) -> None:
     limit = s.artifact_limit - len(source)
     hooks.on_start(run)
     phase = hooks.restore_phase()
-    together(lambda: open_log(run, source.decode(), append=bool(phase)), 1)
     only_score = s.eval_only or phase == "scoring"
     if only_score:
         data, artifact = read_artifact(run)
         s = run.settings = settings_for_scoring(os.environ, artifact, s.run_id)
     kernel, attention = choose_attention(run.device)
-    log_beginning(run, source, kernel)
     tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
     with run.device:
         tables = byte_tables(tokenizer)
     text = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(run.device)
-    if not only_score:
-        train_and_export(run, attention, text, tables, fingerprint, limit)
+    trainer = None if only_score else together(lambda: Trainer(run, attention))
+    together(lambda: open_log(run, source.decode(), append=bool(phase)), 1)
+    log_beginning(run, source, kernel)
+    if trainer is not None:
+        train_and_export(run, trainer, text, tables, fingerprint, limit)
+        del trainer
         data, artifact = read_artifact(run)
     if artifact.unknown:
         run.log.event(
@@ -2256,11 +2256,13 @@ def execute(run: Run) -> None:
 
 
 def main() -> int:
-    """Returns the exit status: 0, 2 after an error, 75 if stopped and to be resumed."""
+    """Returns the exit status: 0, 2 after an error, 75 if it can go on later."""
     if sys.argv[1:] == ["--help"]:
         print(help_text(), flush=True)
         return 0
     hooks, status = NO_HOOKS, 0
+    with suppress(AttributeError):  # a closed console
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if sys.argv[1:]:
             raise RunError(f"unknown argument {sys.argv[1]}, see --help")
@@ -2270,12 +2272,12 @@ def main() -> int:
     except Stopped:
         hooks.on_stopped()
         status = STOPPED_STATUS
-    except Exception as e:
+    except (Exception, KeyboardInterrupt) as e:
         hooks.on_error(e)
         status = STOPPED_STATUS if hooks.should_stop() else 2  # it failed because others stopped
-        if status == 2 and isinstance(e, (RunError, OSError)):
-            who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            print(f"train_gpt.py: {who}error: {e}", file=sys.stderr)
+        if status == 2 and isinstance(e, (RunError, OSError, KeyboardInterrupt)):
+            who = f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
+            print(f"train_gpt.py: {who}error: {str(e) or 'interrupted'}", file=sys.stderr)
         elif status == 2:
             traceback.print_exc()
     nccl_may_wait = status == 2 and torch.cuda.is_available()
@@ -2285,6 +2287,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from train_gpt import main  # one copy of this module, whoever imports it
-
+    sys.modules["train_gpt"] = sys.modules["__main__"]  # one copy of this module
     sys.exit(main())

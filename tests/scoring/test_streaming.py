@@ -79,7 +79,7 @@ def test_a_layer_that_is_executed_twice_has_two_slots_of_the_past(order):
     whole.load_state_dict(random_model(s).state_dict())
     scorer = scorer_of(random_model(s), s, tokens, scores)
     scorer.model.order = whole.order = order
-    assert len(scorer.model.empty_cache(1).slots) == len(order)
+    assert len(scorer.model.empty_cache(1)) == len(order)
     scorer.sums(*one_lane(scorer))
     with torch.no_grad():
         nll = whole(tokens[None, :-1].long(), tokens[None, 1:].long())[0].double()
@@ -89,7 +89,7 @@ def test_a_layer_that_is_executed_twice_has_two_slots_of_the_past(order):
 
 def length_of(cache):
     """How many positions of the past it holds."""
-    (length,) = {slot.size(2) for slot in cache.slots}
+    (length,) = {slot.size(2) for slot in cache}
     return length
 
 
@@ -109,16 +109,12 @@ def test_a_caches_copy_goes_on_on_its_own():
         assert length_of(cache) == 0
         model(start, tokens[:, 1:25], context=model.context(24, cache))
     assert length_of(cache) == 24
-    copy, slots, values = (
-        T.KVCache(list(cache.slots)),
-        list(cache.slots),
-        [slot.clone() for slot in cache.slots],
-    )
+    copy, slots, values = (list(cache), list(cache), [slot.clone() for slot in cache])
     first = read(cache, 24)
     assert length_of(cache) == length_of(copy) == 24
-    assert all(own is kept for own, kept in zip(copy.slots, slots, strict=True))
-    assert all(map(torch.equal, copy.slots, values))
-    assert not any(map(torch.equal, cache.slots, values))
+    assert all(own is kept for own, kept in zip(copy, slots, strict=True))
+    assert all(map(torch.equal, copy, values))
+    assert not any(map(torch.equal, cache, values))
     second = read(cache, 34)
     assert torch.equal(read(copy, 24), first) and torch.equal(read(copy, 34), second)
 
@@ -129,8 +125,8 @@ def test_a_lane_of_a_cache_is_that_of_its_stream():
     at, cache = torch.tensor([[0], [40], [7]]) + torch.arange(24), scorer.model.empty_cache(3)
     with torch.no_grad():
         scorer.read(at, scorer.model.matrices(), cache)
-        lane = T.KVCache([slot[:, 1:2] for slot in cache.slots])
-        assert [slot.shape[1] for slot in lane.slots] == [1] * len(cache.slots)
+        lane = [slot[:, 1:2] for slot in cache]
+        assert [slot.shape[1] for slot in lane] == [1] * len(cache)
         losses = scorer.read(at + 24, scorer.model.matrices(), cache).losses
         own = scorer.read(at[1:2] + 24, scorer.model.matrices(), lane).losses
     torch.testing.assert_close(own, losses[1:2], rtol=0, atol=1e-5)

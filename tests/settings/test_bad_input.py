@@ -231,14 +231,15 @@ def test_a_run_that_fails_leaves_nothing_but_its_log_and_its_events(folder):
 def test_scoring_an_artifact_again_leaves_nothing_but_its_log_and_its_events(scored):
     before = {path.relative_to(scored) for path in scored.rglob("*")}
     assert tiny.run(scored, **EVAL_ONLY).status == 0
-    left = {Path("logs/again.txt"), Path("logs/again.jsonl")}
+    left = {Path("logs/again.eval.txt"), Path("logs/again.eval.jsonl")}
     assert {path.relative_to(scored) for path in scored.rglob("*")} - before == left
 
 
 def test_a_run_that_fails_leaves_the_artifact_of_the_one_before(scored):
     before = (scored / ARTIFACT).read_bytes()
-    error_of(scored, steps=1, MATRIX_LR=1e30)
-    assert (scored / ARTIFACT).read_bytes() == before
+    result = tiny.run(scored, MATRIX_LR=1e30)
+    assert result.status == 2 and result.out.count("train_loss") == 1
+    assert (scored / ARTIFACT).with_suffix(".1.bin").read_bytes() == before
 
 
 def test_a_submission_over_the_limit_is_scored_and_kept_but_fails(folder):

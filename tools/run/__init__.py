@@ -1,8 +1,9 @@
 """Hooks for train_gpt.py, which uses them where this folder lies beside it; none changes what a run computes.
 
-events.py writes logs/RUN_ID.jsonl, progress.py tells how far a stage is, watch.py ends a rank when another
-is lost, checkpoint.py lets a run go on after it was stopped or killed, audit.py checks scoring. Each has a
-subclass of train_gpt.Hooks; `make_hooks` puts together those that the settings ask for.
+inputs.py looks at the shards, own.py keeps a RUN_ID to one run, events.py writes logs/RUN_ID.jsonl,
+progress.py tells how far a stage is, watch.py ends a rank when another is lost, checkpoint.py lets a run go
+on after it was stopped or killed, audit.py checks scoring. Each has a subclass of train_gpt.Hooks;
+`make_hooks` puts together those that the settings ask for.
 """
 
 from contextlib import ExitStack
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from tools.run.checkpoint import Checkpoints
 from tools.run.events import Events
+from tools.run.inputs import Inputs
+from tools.run.own import Ownership
 from tools.run.progress import Progress
 from tools.run.watch import Watch
 from train_gpt import (
@@ -138,8 +141,10 @@ def make_hooks(s: Settings) -> HookGroup:
     """Returns the hooks that a run with these settings has, once its processes are joined."""
     watch = Watch() if world_size() > 1 else None
     checkpoints = Checkpoints(watch) if s.checkpoint_every or s.resume else None
-    events = Events(checkpoints.restore_phase if checkpoints else Hooks().restore_phase)
-    hooks = [hook for hook in (watch, events, Progress(), checkpoints) if hook]
+    phase = checkpoints.restore_phase if checkpoints else Hooks().restore_phase
+    hooks = [
+        hook for hook in (watch, Inputs(), Ownership(phase), Events(phase), Progress(), checkpoints) if hook
+    ]
     if s.audit:
         from tools.run.audit import Audit  # it is needed by few runs
 

@@ -82,7 +82,7 @@ def replaced(tokens: Tensor, last: int, vocab_size: int, choice: random.Random) 
 def read_again(read: T.Read, at: Tensor, cache: T.KVCache | None, **changes: Any) -> Tensor:
     """Returns the losses (B, T) of a read with other positions, past and attributes of its scorer."""
     scorer = variant(read.scorer, hooks=T.NO_HOOKS, **changes)
-    return scorer.read(at, read.matrices, cache and T.KVCache(list(cache.slots)), read.ranks).losses.detach()
+    return scorer.read(at, read.matrices, cache and list(cache), read.ranks).losses.detach()
 
 
 def differing(one: Tensor, other: Tensor, at: Tensor, known: Tensor) -> list[int]:
@@ -126,7 +126,7 @@ def gather(value: Any) -> list:
 
 def lane_of(cache: T.KVCache, lane: int) -> T.KVCache:
     """Returns one lane's keys and values of a stream's past."""
-    return T.KVCache([slot[:, lane : lane + 1] for slot in cache.slots])
+    return [slot[:, lane : lane + 1] for slot in cache]
 
 
 class LogitsOnce:
@@ -535,8 +535,9 @@ class Audit(T.Hooks):
 
     def on_end(self) -> None:
         """Write and log what was found. Raises RunError if that breaks a rule."""
-        log, found = self.evaluation.run_of.log, self.finish()
-        path, data = f"logs/{self.s.run_id}.audit.json", (json.dumps(found) + "\n").encode()
+        run, found = self.evaluation.run_of, self.finish()
+        log, path = run.log, run.log_path.with_suffix(".audit.json")
+        data = (json.dumps(found) + "\n").encode()
         T.together(lambda: T.write_atomically(path, data), 1)
         violations = found["violations"]
         log.event("audit", violations=len(violations), share=found["share"])

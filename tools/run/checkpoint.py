@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import train_gpt
-from tools.run.events import drop_torn_line
+from tools.run.events import drop_torn_line, has_result
 from tools.run.watch import Watch
 from train_gpt import (
     KEPT,
@@ -46,6 +46,8 @@ from train_gpt import (
 )
 
 MAGIC = b"GPTCKPT2"
+# What stops a run: a scheduler, Ctrl-C, a terminal that closes, Slurm's warning
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 HEAD = len(MAGIC) + hashlib.sha256().digest_size  # bytes before the content
 # Settings of which a run that goes on may have others
 MAY_DIFFER = {"TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "MAX_WALLCLOCK_SECONDS", "EVAL_MAX_SECONDS"}
@@ -117,7 +119,7 @@ def set_generators(device: torch.device, states: list[torch.Tensor]) -> None:
 
 
 class Checkpoints(Hooks):
-    """Writes checkpoints of this run, reads the one it goes on from, and stops it in good order on SIGTERM.
+    """Writes checkpoints of this run, reads the one it goes on from, and stops it in good order on a signal.
 
     In a loop (training steps, chunks of test-time training) all ranks agree on when to save and when to stop;
     a signal waits for that. Elsewhere all that can be saved is saved: a rank that got the signal ends at once
@@ -130,17 +132,18 @@ class Checkpoints(Hooks):
         self.phase = ""  # of that
         self.inputs: dict[str, str] = {}
         self.evaluation: Evaluation | None = None
-        self.signalled, self.agreed = False, False  # SIGTERM came to this rank; all ranks know of one
+        self.signalled, self.agreed = "", False  # the signal that came to this rank; all ranks know of one
         self.looping = False
         self.last = time.monotonic()  # when a state was last saved
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None  # what is being written
+        self.handlers: dict[int, Any] = {}  # of the signals, as they were
         self.saved: Path | None = None  # where there is something to go on from
 
     def on_start(self, run: Run) -> None:
         """Read the checkpoint to go on from, if any. Raises RunError."""
         self.run, s = run, run.settings
-        self.path = Path(f"logs/{s.run_id}.ckpt")
+        self.path = run.log_path.with_suffix(".ckpt")
         self.source = self.path if s.resume in ("", "auto") else Path(s.resume)
         self.made_by = {name: show(getattr(s, name)) for name in KEPT if name.upper() not in MAY_DIFFER}
         self.made_by["source"] = hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
@@ -149,12 +152,17 @@ class Checkpoints(Hooks):
         if self.found:
             self.phase, self.saved = self.found["phase"], self.source
             together(lambda: drop_torn_line(run.log_path), 1)
-        self.handler = signal.signal(signal.SIGTERM, self.terminate)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+                self.handlers[number] = signal.signal(number, self.terminate)
 
     def find(self) -> dict[str, Any]:
         """Returns the content to go on from, {} for RESUME=auto without a file. Raises RunError, OSError."""
         s, path = self.run.settings, self.source
         if s.resume == "auto" and not path.exists():
+            if has_result(self.run.log_path):
+                name = self.run.log_path
+                raise RunError(f"RUN_ID={s.run_id} has its result already, see {name}; give another RUN_ID")
             return {}
         content = read(path)
         if s.eval_only and content["phase"] != "scoring":
@@ -167,9 +175,9 @@ class Checkpoints(Hooks):
                 raise RunError(f"checkpoint {path}: made with {name.upper()}={other}, not {value}")
         return content
 
-    def terminate(self, *_: object) -> None:
-        """Do what SIGTERM asks for later, where it can be done."""
-        self.signalled = True
+    def terminate(self, number: int, _: object) -> None:
+        """Do what the signal asks for later, where it can be done."""
+        self.signalled = signal.Signals(number).name
 
     def restore_phase(self) -> str:
         """Returns the phase of the checkpoint, or "" if there is none."""
@@ -215,7 +223,7 @@ class Checkpoints(Hooks):
             self.run.log.event("checkpoint_failed", line, path=str(self.path), reason=str(e))
 
     def begin_loop(self, visit: int) -> None:
-        """Begin a loop, which SIGTERM ends only where all ranks save. At visit 0 it is too early for that."""
+        """Begin a loop, which a signal ends only where all ranks save. At visit 0 it is too early."""
         self.looping, self.visit, self.next = True, visit, 1
         self.asked, self.gap = (0, time.monotonic()), 1
 
@@ -229,7 +237,7 @@ class Checkpoints(Hooks):
         pace = 0.0  # visits a second, by rank 0's clock
         if rank() == 0:
             pace = max(visit - self.asked[0], 1) / max(now - self.asked[1], 1e-3)
-        words = torch.tensor([self.signalled, late, pace], dtype=torch.float64)
+        words = torch.tensor([bool(self.signalled), late, pace], dtype=torch.float64)
         signals, lates, pace = all_reduce(words).tolist()
         self.asked, self.gap = (visit, now), max(1, min(2 * self.gap, int(0.1 * pace)))
         self.next, self.agreed = visit + self.gap, signals > 0
@@ -289,8 +297,8 @@ class Checkpoints(Hooks):
             self.save("scoring", self.evaluation)
 
     def should_stop(self, *, in_loop: bool = False) -> bool:
-        """Returns in a loop what all ranks last agreed on, elsewhere whether this rank got SIGTERM."""
-        return self.agreed if in_loop else self.signalled and not self.looping
+        """Returns in a loop what all ranks last agreed on, elsewhere whether this rank got a signal."""
+        return self.agreed if in_loop else bool(self.signalled) and not self.looping
 
     def finish(self) -> None:
         """Wait for the last write and end the thread of writing."""
@@ -301,12 +309,13 @@ class Checkpoints(Hooks):
         """Log how to go on, and tell the other ranks unless they stop, too."""
         self.finish()
         how = f"go on with RESUME={self.saved}" if self.saved else "nothing is saved"
-        self.run.log.event("stopped", f"stopped by SIGTERM; {how}", path=str(self.saved or ""))
+        name = self.signalled or "a signal"  # that came to another rank
+        self.run.log.event("stopped", f"stopped by {name}; {how}", path=str(self.saved or ""))
         if self.watch is not None:
-            self.watch.end("" if self.agreed else f"rank {rank()} was stopped by SIGTERM")
+            self.watch.end("" if self.agreed else f"rank {rank()} was stopped by {name}")
 
     def on_error(self, error: BaseException) -> None:
-        """After SIGTERM, stop as on_stopped() does: the error is that other ranks have stopped, too.
+        """After a signal, stop as on_stopped() does: the error is that other ranks have stopped, too.
 
         Else let the signal end the process, since nothing can be saved any more.
         """
@@ -315,8 +324,8 @@ class Checkpoints(Hooks):
             self.on_stopped()
             return
         self.finish()
-        if signal.getsignal(signal.SIGTERM) == self.terminate:
-            signal.signal(signal.SIGTERM, self.handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def on_end(self) -> None:
         """Remove the checkpoints: the run has its result, and a signal does not matter any more."""

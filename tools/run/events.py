@@ -19,11 +19,17 @@ def drop_torn_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
+def has_result(log_path: Path) -> bool:
+    """Returns whether the last run of a log's name came to its end. Raises OSError."""
+    path = log_path.with_suffix(".jsonl")
+    return path.exists() and b'{"event": "finished"' in path.read_bytes()
+
+
 class Events(Hooks):
     """Writes for each event its name, `time` (seconds since this was made) and its own values.
 
-    A new run keeps an older file as path.previous; one that goes on, as `phase()` says, appends to it. A full
-    disk costs the events, not the run, which says so in the end.
+    A run that goes on, as `phase()` says, appends to its file. A full disk costs the events, not the run,
+    which says so in the end.
     """
 
     def __init__(self, phase: Callable[[], str]) -> None:
@@ -40,12 +46,10 @@ class Events(Hooks):
             dist.all_gather_object(self.devices, own)
 
     def prepare(self) -> Path:
-        """Make way for the first event and return the file's path. Raises OSError."""
+        """Prepare for the first event and return the file's path. Raises OSError."""
         path = self.run.log_path.with_suffix(".jsonl")
         if self.phase():
             drop_torn_line(path)
-        elif path.exists():
-            os.replace(path, f"{path}.previous")
         return path
 
     def on_event(self, name: str, values: dict[str, Any]) -> None:
@@ -67,6 +71,11 @@ class Events(Hooks):
         except OSError as e:
             self.full = True
             self.run.log.lost = self.run.log.lost or str(e)
+
+    def on_end(self) -> None:
+        """Write that the result is there."""
+        if rank() == 0:
+            self.on_event("finished", {})
 
     def on_error(self, error: BaseException) -> None:
         """Write why the run ends, if it had begun to write."""

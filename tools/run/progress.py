@@ -20,7 +20,7 @@ class Progress(Hooks):
         self.last = 0.0  # when a line was last logged
         self.bar: Any = None
         self.make_bar: Any = None
-        if sys.stdout.isatty() and sys.stderr.isatty():
+        if all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
             with suppress(ImportError):
                 self.make_bar = import_module("tqdm").tqdm
 

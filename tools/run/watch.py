@@ -32,35 +32,57 @@ class Watch(Hooks):
     def on_start(self, run: Run) -> None:
         """Begin to watch, by a connection of its own, since the main thread may block on another."""
         self.rank, self.world = rank(), world_size()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=20)
-        self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
-        self.thread = threading.Thread(target=self.look, args=(self.store,), daemon=True)
+        self.store = self.connect(20)
+        self.thread = threading.Thread(target=self.look, daemon=True)
         self.thread.start()
+
+    def connect(self, seconds: float) -> dist.Store:
+        """Returns a connection to the group's store, on which nothing takes longer. Raises RuntimeError."""
+        address, port, limit = (
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            timedelta(0, seconds),
+        )
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
 
     def key(self, name: object) -> str:
         """Returns the name of a key in the store."""
         return f"watch/{self.attempt}/{name}"
 
-    def look(self, store: dist.Store) -> None:
+    def look(self) -> None:
         """Watch until the run ends."""
-        seen = {other: (0, time.monotonic()) for other in range(self.world)}
+        pause, last = min(1.0, self.SILENCE / 10), time.monotonic()
+        self.seen = {other: (0, last) for other in range(self.world) if other != self.rank}
         try:
-            while not self.ended.wait(min(1.0, self.SILENCE / 10)):
-                store.add(self.key(self.rank), 1)
-                for other, (beats, since) in seen.items():
-                    now = store.add(self.key(other), 0)
-                    if now != beats:
-                        seen[other] = now, time.monotonic()
-                    elif time.monotonic() > since + self.SILENCE:
-                        silence = f"{self.SILENCE:.0f} s"
-                        self.tell(store, f"rank {other} has been silent for {silence}: it died or is frozen")
-                if store.check([self.key("failed")]):
-                    why = store.get(self.key("failed")).decode()
+            while not self.ended.wait(pause):
+                slept = time.monotonic() > last + 5 * pause  # as all do if their container is paused
+                if slept:
+                    self.seen = {other: (beats, time.monotonic()) for other, (beats, _) in self.seen.items()}
+                last = time.monotonic()
+                try:
+                    why = self.beat(self.store)
+                except (RuntimeError, OSError):
+                    if not slept and time.monotonic() < last + 5 * pause:
+                        raise
+                    self.store, why = self.connect(5), ""
+                if why:
                     # rank 0, which may have the store, waits for longer
                     return self.stop(why, self.SILENCE / 15 * (1 if self.rank else 2))
         except (RuntimeError, OSError):
             self.stop("the process that started the ranks, or rank 0, has gone", self.SILENCE / 15)
+
+    def beat(self, store: dist.Store) -> str:
+        """Give a sign of life, look for the others', and return why all have to end, if they have to."""
+        store.add(self.key(self.rank), 1)
+        for other, (beats, since) in self.seen.items():
+            now = store.add(self.key(other), 0)
+            if now != beats:
+                self.seen[other] = now, time.monotonic()
+            elif time.monotonic() > since + self.SILENCE:
+                silence = f"{self.SILENCE:.0f} s"
+                self.tell(store, f"rank {other} has been silent for {silence}: it died or is frozen")
+        failed = self.key("failed")
+        return store.get(failed).decode() if store.check([failed]) else ""
 
     def stop(self, why: str, seconds: float) -> None:
         """End this process, unless it ends by itself in time, of the same error or because all is done."""

@@ -110,6 +110,7 @@ FAULTS = {
     "spoil": spoil_gradient,
     "limit": limit_files,
     "none": T.Hooks,
+    "watched": lambda: on_last_rank(lambda _: None),
 }
 
 

@@ -125,7 +125,7 @@ def test_scoring_goes_on_with_the_same_artifact_and_text_only(folder):
     shutil.copy(folder / "logs/tiny.bin", folder / "a.bin")
     result = tiny.run(folder, **again)
     assert result.status == 2 and result.err.endswith(
-        "checkpoint logs/again.ckpt: made with another artifact\n"
+        "checkpoint logs/again.eval.ckpt: made with another artifact\n"
     )
 
 
@@ -151,7 +151,7 @@ def test_a_signal_that_comes_to_one_rank_after_the_ranks_have_agreed_stops_both_
     settings = ALWAYS | dict(CHECKPOINT_EVERY=60, RESUME="auto")
     ranks = tiny.finish(start(folder, "sigterm on one rank", world=2, **settings), 60)
     assert [(result.status, result.err) for result in ranks] == [(T.STOPPED_STATUS, "")] * 2
-    assert ranks[0].out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
+    assert ranks[0].out.splitlines()[-1] == "stopped by a signal; go on with RESUME=logs/tiny.ckpt"
     result = tiny.finish(start(folder, world=2, **settings), 60)[0]
     (step,) = map(int, re.findall(r"^resumed step:(\d+)$", result.out, re.M))
     assert 6 <= step <= 12

@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_artifact_of_the_run_before(folder):
     size = len((folder / "logs/tiny.txt").read_bytes()) + 5000
     result = finish(start(folder, "limit", str(size), MODEL_DIM=128))  # a larger artifact than the log
     assert result.status == 2 and "File too large" in result.err and result.err.count("\n") == 1
-    assert (folder / "logs/tiny.bin").read_bytes() == before
+    assert (folder / "logs/tiny.1.bin").read_bytes() == before
     assert not list((folder / "logs").glob("*.tmp"))
 
 

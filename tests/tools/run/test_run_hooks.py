@@ -104,9 +104,13 @@ def test_hooks_are_those_that_the_settings_ask_for():
     def names(**settings):
         return [type(hook).__name__ for hook in make_hooks(T.Settings(**settings)).hooks]
 
-    assert names() == ["Events", "Progress"]
-    assert names(resume="auto") == names(checkpoint_every=1.0) == ["Events", "Progress", "Checkpoints"]
-    assert names(audit=True) == ["Events", "Progress", "Audit"]
+    assert names() == ["Inputs", "Ownership", "Events", "Progress"]
+    assert (
+        names(resume="auto")
+        == names(checkpoint_every=1.0)
+        == ["Inputs", "Ownership", "Events", "Progress", "Checkpoints"]
+    )
+    assert names(audit=True) == ["Inputs", "Ownership", "Events", "Progress", "Audit"]
 
 
 def test_a_full_disk_costs_the_events_and_is_told_by_the_log(tmp_path, monkeypatch):
