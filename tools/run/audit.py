@@ -8,7 +8,7 @@
     chunks     So are some chunks of test-time training, from the weights before them.
     bytes      Those of a score are the whole text's; those of some documents are what SentencePiece decodes.
     totals     Score, val_loss and val_bpb are those of what was recorded.
-    files      No training shard is opened or mapped.
+    files      No training shard, nor what else is beside the validation shards, is opened or mapped.
 
 What is repeated is the program's own computation. Each check is made at least once a stage, and more often,
 at random, while all take less than 3% of the time. Scores are bitwise those without an audit, unless
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -86,19 +87,22 @@ def gather(value: Any) -> list:
     return found
 
 
-def is_train_shard(path: str) -> bool:
+def is_forbidden(path: str, s: T.Settings) -> bool:
     """Returns whether a file is what scoring has no business with."""
-    return os.path.basename(path).startswith("fineweb_train_")
+    path, data, tokenizer = map(os.path.realpath, (path, s.data_path, s.tokenizer_path))
+    folder, name = os.path.split(path)
+    beside = folder == data and not name.startswith("fineweb_val_") and path != tokenizer
+    return beside or name.startswith("fineweb_train_")
 
 
 @cache
-def shards_opened() -> list[str]:
-    """Returns the list of training shards that this process opens, since it was first asked for."""
+def files_opened() -> list[str]:
+    """Returns the list, kept up to date, of files that this process opens since it was first asked for."""
     paths = []
 
     def note(event: str, args: tuple) -> None:
-        if event == "open" and is_train_shard(str(args[0])):
-            paths.append(str(args[0]))
+        if event == "open" and isinstance(args[0], str | bytes):
+            paths.append(os.path.abspath(os.fsdecode(args[0])))
 
     sys.addaudithook(note)
     return paths
@@ -164,7 +168,17 @@ class Stage(T.Hooks):
         self.replay, self.last = None, 0  # the chunk with other tokens behind number `last`
         self.due = True  # the next read is to be repeated
         self.made, self.failed = Counter(), {}  # how often by check; line by kind of violation
-        self.versions = self.version()
+        self.trust(bits=True)
+
+    def trust(self, bits: bool) -> None:
+        """Take the weights as they are for right ones; `bits`: be able to tell a change unseen by PyTorch."""
+        self.versions, self.bits = self.version(), fingerprint(self.model) if bits else None
+
+    def check_weights(self, bits: bool = False) -> None:
+        """Note if the weights are others than those trusted, by their `bits` too if these are known."""
+        if self.version() != self.versions or (bits and self.bits not in (None, fingerprint(self.model))):
+            self.fail("weights", MOVED)
+            self.trust(bits)
 
     def fail(self, check: str, line: str) -> None:
         """Note a violation, the first of its kind."""
@@ -262,10 +276,9 @@ class Audit(T.Hooks):
                 self.stage = Stage(self.evaluation.ttt.mode.scorer)
                 if self.s.resume:
                     self.stage.before = scored_so_far(self.evaluation.ttt)
-                if not self.stage.before.tokens and fingerprint(self.stage.model) != self.bits:
+                if not self.stage.before.tokens and self.stage.bits != self.bits:
                     self.stage.fail("weights", "the stage does not start from the artifact's weights")
-        if self.stage.version() != self.stage.versions:
-            self.stage.fail("weights", MOVED)
+        self.stage.check_weights()
         return self.stage
 
     def on_scoring(self, evaluation: T.Evaluation) -> None:
@@ -280,7 +293,7 @@ class Audit(T.Hooks):
             self.hashes = dict(zip(("artifact", "code"), T.from_rank0(data), strict=True))
             self.middle = self.shared.randrange(evaluation.ttt.mode.chunks)
             self.text, self.bits = Text(self.s, scorer.tables, self.shared), fingerprint(scorer.model)
-        self.opened = len(shards_opened())
+        files_opened().clear()
 
     def on_read(self, read: T.Read) -> None:
         """Note what an update may learn from."""
@@ -316,13 +329,15 @@ class Audit(T.Hooks):
     def before_update(self, learner: T.Learner) -> None:
         """Note an update and what it learns from."""
         if stage := self.watched():
-            with self.aside(wait=False):
+            with self.aside(wait=stage.replay is not None):
+                stage.check_weights(bits=stage.replay is not None)
                 stage.update()
 
     def on_update(self, learner: T.Learner) -> None:
         """From here on the weights are others."""
-        if self.stage:
-            self.stage.versions = self.stage.version()
+        if stage := self.stage:
+            with self.aside(wait=stage.replay is not None):
+                stage.trust(bits=stage.replay is not None)
 
     def on_chunk(self, ttt: T.TestTimeTraining) -> None:
         """Compare the chunk's scores with those of its replay."""
@@ -332,6 +347,7 @@ class Audit(T.Hooks):
                 with self.aside():
                     wrong = ((again.count > 0) & (again.nats != stage.nats))[: stage.last]
                     stage.fail_at("chunks", "a chunk was scored with knowledge of its future", wrong)
+                    stage.check_weights(bits=True)
                     stage.replay = None
 
     def on_stage(self, name: str, score: T.Score) -> None:
@@ -425,7 +441,7 @@ class Audit(T.Hooks):
         if fingerprint(stage.model) != bits:
             stage.fail("weights", MOVED)
             T.copy_weights(learner.weights, state["weights"])
-        stage.versions = stage.version()
+        stage.trust(bits=True)
         stage.made["chunks"] += 1
         stage.due = True
 
@@ -445,24 +461,31 @@ class Audit(T.Hooks):
 
     def finish(self) -> dict[str, Any]:
         """Watch no more; return what was found, the same on every process."""
-        share = self.evaluation.clock.apart / (time.perf_counter() - self.start)
+        seconds, s = time.perf_counter() - self.start, self.s
+        opened = [*files_opened()]
         evaluation, self.evaluation = self.evaluation, None
         scores = {name: values_of(T.Score(*score)) for name, score in evaluation.scores.items()}
-        if not self.s.resume:
+        if not s.resume:
             unseen = scores.keys() - self.stages.keys()
             self.failed += [("positions", f"{name}: nothing of it was recorded") for name in unseen]
         gc.collect()  # what nobody uses any more is not open
-        how = dict.fromkeys(shards_opened()[self.opened :], "was opened")
-        how |= dict.fromkeys(filter(is_train_shard, still_open()), "is still open")
-        self.failed += [("files", f"a file of no use to scoring {how[path]}: {path}") for path in how]
-        every = gather((self.failed, share))
-        failed = [failure for failures, _ in every for failure in failures]
+        files = dict.fromkeys(opened, "was opened") | dict.fromkeys(still_open(), "is still open")
+        wrong = [f"a file of no use to scoring {how}: {p}" for p, how in files.items() if is_forbidden(p, s)]
+        here, system = os.getcwd() + os.sep, (sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys")
+        own = {path.removeprefix(here) for path in opened if not path.startswith(system)}
+        self.failed += [("files", line) for line in wrong]
+        every = gather((self.failed, own, evaluation.clock.apart / seconds))
+        failed = [failure for failures, *_ in every for failure in failures]
         return {
             "violations": list(dict.fromkeys(line for _, line in failed)),
             "failed": sorted({check for check, _ in failed}),
-            "share": max(share for _, share in every),
+            "share": max(share for *_, share in every),
+            "seconds": seconds,
             "seed": self.seed,
             "processes": T.world_size(),
             "hashes": self.hashes,
+            "versions": {name: version(name) for name in ("torch", "numpy", "sentencepiece")},
             "stages": scores | self.stages,
+            "opened": sorted(set().union(*(own for _, own, _ in every))),
+            "settings": {name: T.show(getattr(s, name.lower())) for name in T.FIELDS},
         }

@@ -373,6 +373,10 @@ def test_only_files_are_open_and_no_pipes_or_sockets_whatever_the_folder(here, f
         with chdir(here if folder_of_the_run == "here" else folder_of_the_run):
             found = audit.still_open()
         assert all(os.path.isabs(path) and os.path.isfile(path) for path in found)
+        settings = T.parse_settings(texts(SLIDING | dict(DATA_PATH=here)))
+        assert [path for path in found if audit.is_forbidden(path, settings)] == [
+            os.path.realpath(train.name)
+        ]
         assert {os.path.realpath(file.name), os.path.realpath(train.name)} < {*found}
     for end in ends:
         os.close(end)
@@ -437,6 +441,12 @@ class ReadsATrainingShard(T.Scorer):
         return super().score_windows(stride, stage)
 
 
+class ReadsWhatIsBesideTheText(T.Scorer):
+    def score_windows(self, stride, stage="scoring"):
+        Path("data/notes.bin").write_bytes(b"a training shard by another name")
+        return super().score_windows(stride, stage)
+
+
 class KeepsATrainingShard(T.Scorer):
     def score_windows(self, stride, stage="scoring"):
         self.model.shard = T.Shard(Path("data/fineweb_train_000000.bin"))
@@ -471,6 +481,12 @@ class ChangesUnseen(T.StreamingMode):
     def score_chunk(self, chunk):
         self.learner.weights[0].data.mul_(1.01)
         return super().score_chunk(chunk)
+
+
+class ChangesUnseenBehindUpdates(T.StreamingMode):
+    def learn_chunk(self, chunk, epochs):
+        super().learn_chunk(chunk, epochs)
+        self.learner.weights[0].data.mul_(1.01)
 
 
 class LearnsByHand(T.StreamingMode):
@@ -611,6 +627,12 @@ PLANTS = {
         "files",
         "a file of no use to scoring was opened: ",
     ),
+    "read what is beside the text": (
+        dict(scorer=ReadsWhatIsBesideTheText),
+        SLIDING,
+        "files",
+        "a file of no use to scoring was opened: ",
+    ),
     "keep a training shard": (
         dict(scorer=KeepsATrainingShard),
         SLIDING,
@@ -625,6 +647,12 @@ PLANTS = {
         "sliding_window: the stage does not start from the artifact's weights",
     ),
     "change the weights unseen, in TTT": (stream(ChangesUnseen), STREAM, "weights", audit.MOVED),
+    "change the weights unseen, behind an update": (
+        stream(ChangesUnseenBehindUpdates),
+        STREAM,
+        "weights",
+        audit.MOVED,
+    ),
     "learn first": (windows(LearnsFirst), WINDOWS, "order", "adapted on before it was scored"),
     "learn first, unseen": (stream(LearnsByHand), STREAM, "chunks", FUTURE),
     "learn from other text": (windows(LearnsFromOtherText), WINDOWS, "order", audit.FOREIGN),
@@ -675,6 +703,7 @@ def test_the_end_of_a_run_writes_and_logs_what_was_found(here, scorer):
     run.log.outputs.clear()
     evaluation = Planted(scorer=scorer).evaluation(run)
     hooks.on_scoring(evaluation)
+    Path("logs/notes.txt").write_text("opened while scoring", "utf-8")
     evaluation.run()
     error = ""
     try:
@@ -682,6 +711,7 @@ def test_the_end_of_a_run_writes_and_logs_what_was_found(here, scorer):
     except T.RunError as e:
         error = str(e)
     found = json.loads(Path("logs/tiny.audit.json").read_text("utf-8"))
+    assert "logs/notes.txt" in found["opened"], "named from the working folder, not by this machine's path"
     assert error == ("audit: " + "; ".join(found["violations"]) if found["violations"] else "")
     assert bool(error) == (scorer is ScoresLess)
     name, values = lines.events[-1]
@@ -795,7 +825,7 @@ def test_two_processes_find_what_one_finds(folder, here):
         for own in found["stages"].values():
             own.pop("checks")
     for a, b in zip(one, other, strict=True):
-        assert {**a, "share": 0} == {**b, "share": 0}
+        assert {**a, "seconds": 0, "share": 0} == {**b, "seconds": 0, "share": 0}
     windows, stream, planted, *more = one
     assert [found["violations"] for found in more] == [[]] * len(TWO)
     for settings, found in ((WINDOWS, windows), (STREAM, stream)):
