@@ -16,7 +16,7 @@ once; *lanes* are streams (or coders) side by side. A row's *grid* is the multip
 
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import lzma
@@ -121,7 +121,6 @@ class Settings:
     num_heads: int = fixed(8, "query heads", low=1)
     num_kv_heads: int = fixed(4, "key and value heads", low=1)
     mlp_mult: float = fixed(3.0, "hidden width of the MLP over MODEL_DIM", low=0.5)
-    tie_embeddings: bool = fixed(True, "the output head is the token table")
     rope_base: float = fixed(10000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = fixed(16, "channels of a head that rotate", low=4)
     logit_softcap: float = fixed(30.0, "bound of the logits, by tanh", low=0.001)
@@ -138,8 +137,6 @@ class Settings:
     matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks")
     scalar_lr: float = setting(0.025, "AdamW's learning rate of scalars and vectors")
     tied_embed_lr: float = setting(0.035, "AdamW's learning rate of the tables")
-    embed_lr: float = setting(0.6, "the tables' learning rate with TIE_EMBEDDINGS=0")
-    head_lr: float = setting(0.008, "the head's learning rate with TIE_EMBEDDINGS=0")
     muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", high=1)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", high=1)
     muon_momentum_warmup_steps: int = setting(1500, "steps in which Muon's momentum rises")
@@ -176,7 +173,6 @@ class Settings:
     ttt_epochs: int = setting(3, "times that a chunk is learnt from", low=1)
     ttt_chunk_tokens: int = setting(32768, "tokens scored, then learnt from", low=2)
     ttt_batch_seqs: int = setting(32, "sequences per update, in sliding mode", low=1)
-    ttt_freeze_blocks: int = setting(0, "first layers that do not learn")
     ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
     ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
     ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1)
@@ -199,7 +195,6 @@ class Settings:
             "TTT_CHUNK_TOKENS must be a multiple of 8 if EVAL_MODE is streaming": sliding
             or chunk % SPANS == 0,
             "TTT_CHUNK_TOKENS must be at least TRAIN_SEQ_LEN": whole_chunks,
-            "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS": self.ttt_freeze_blocks <= self.num_layers,
             "EVAL_ONLY=1 needs ARTIFACT_PATH": self.artifact_path or not self.eval_only,
             "RUN_ID must be a name without /": "/" not in self.run_id,
             "RESUME=auto needs RUN_ID": self.run_id or self.resume != "auto",
@@ -218,10 +213,13 @@ BEST = {"eval_mode": "streaming", "ttt_entropy_adapt": False, "ttt_lr": 0.01}
 BEST |= {"ttt_epochs": 1, "ttt_chunk_tokens": 2048, "ttt_decay": 0.005}
 RECIPES = {"best": BEST, "record": {name: FIELDS[name.upper()].default for name in BEST}}
 
-# Names that begin like a setting's are misspelt, but for these
-COMMON_PREFIXES = {"ARTIFACT", "CUDA", "DATA", "HEAD", "MAX", "MODEL", "NCCL", "NUM", "RUN", "SEED", "TORCH"}
-OWN_PREFIXES = {name.split("_")[0] for name in FIELDS} - COMMON_PREFIXES
-NEAR_MISS = 0.91  # difflib's ratio of any other misspelt name
+# Settings of earlier versions, and the only value that is left of each
+RETIRED = {"TIE_EMBEDDINGS": "1", "EMBED_LR": "0.6", "HEAD_LR": "0.008", "TTT_FREEZE_BLOCKS": "0"}
+# Names that only our settings begin with; what Kubernetes sets for a service; others near a setting's
+OWN = re.compile("(TTT|MUON|ROPE|XSA|BIGRAM|EMA|SWA|LATE_QAT|QK_GAIN|WARMDOWN)_", re.I)
+SERVICE = re.compile(r"\w+_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
+OTHERS = {"MODEL_DIR", "NUM_THREADS", "SPEED"}
+NEAR = 0.87  # difflib's ratio of names that differ in about a seventh of their letters
 
 KINDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 KINDS[tuple[int, ...]] = "integers separated by commas"
@@ -235,8 +233,9 @@ def show(value: Any) -> str:
 
 
 def assignments(s: Settings, names: Sequence[str]) -> str:
-    """Returns NAME=value for each name."""
-    return " ".join(f"{name}={show(getattr(s, name.lower()))}" for name in names)
+    """Returns NAME=value for each name; control characters are escaped."""
+    texts = {name: show(getattr(s, name.lower())) for name in names}
+    return " ".join(f"{name}={t if t.isprintable() else ascii(t)}" for name, t in texts.items())
 
 
 def allowed(f: Field) -> str:
@@ -262,18 +261,24 @@ def parse_value(name: str, text: str) -> Any:
     raise RunError(f"{name}={text!r}: allowed is {allowed(f)}")
 
 
-def check_spelling(names: Sequence[str]) -> None:
-    """Raises RunError for what looks like a setting and is none."""
-    for name in [name for name in names if name not in FIELDS]:
-        own = name.split("_")[0] in OWN_PREFIXES or any(field_name.startswith(name) for field_name in FIELDS)
-        nearest = difflib.get_close_matches(name, FIELDS, 1, 0 if "_" in name and own else NEAR_MISS)
-        if nearest:
-            raise RunError(f"{name} is no setting; the nearest is {nearest[0]}")
+@cache
+def check_spelling(name: str) -> None:
+    """Raises RunError for a variable's name that looks like a setting's and is none."""
+    if name in {*FIELDS, *RETIRED, *OTHERS} or SERVICE.fullmatch(name):
+        return
+    swapped = [known for known in FIELDS if sorted(known) == sorted(name.upper())]
+    begun = [known for known in FIELDS if "_" in name and known.startswith(f"{name.upper()}_")]
+    cutoff = 0 if OWN.match(name) else NEAR
+    for nearest in swapped + begun + difflib.get_close_matches(name.upper(), FIELDS, 1, cutoff):
+        raise RunError(f"{name} is no setting; the nearest is {nearest}")
 
 
 def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = None) -> Settings:
     """Returns an environment's settings, over those `kept` in an artifact. Raises RunError."""
-    check_spelling(list(environ))
+    for name, text in environ.items():
+        check_spelling(name)
+        if text != RETIRED.get(name, text):
+            raise RunError(f"{name}={text!r}: only {RETIRED[name]} is left of it")
     given = {name.lower(): parse_value(name, environ[name]) for name in FIELDS if name in environ}
     given = dict(kept or {}) | RECIPES.get(given.get("recipe", ""), {}) | given
     s = Settings(**given)
@@ -529,7 +534,7 @@ class Log:
         """Also write to a file, first the source; an older one becomes path.previous. Raises OSError."""
         if path.exists() and not append:
             os.replace(path, f"{path}.previous")
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (for the run)
+        file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (for the run)
         self.outputs.append(file)
         if not path.stat().st_size:
             print(source, "=" * 100, sep="\n", file=file)
@@ -540,14 +545,16 @@ class Log:
             return
         self.hooks.on_event(name, values)
         shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+        line = line or " ".join([name, *(f"{k}:{v}" for k, v in shown.items())])
         for output in self.outputs[:]:
             try:
-                print(
-                    line or " ".join([name, *(f"{k}:{v}" for k, v in shown.items())]), file=output, flush=True
-                )
+                print(line, file=output, flush=True)
             except OSError as e:
                 self.outputs.remove(output)
-                self.lost = self.lost or str(e)
+                if output is None:  # nobody reads any more; what is left over goes nowhere
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                else:
+                    self.lost = self.lost or str(e)
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
@@ -597,6 +604,17 @@ def report_progress(hooks: Hooks, stage: str, done: float) -> None:
 GET_DATA = "get data by `make demo` or `python -m tools.data.fineweb`"
 
 
+SPACES = ("\u2581", " ")  # SentencePiece's
+
+
+def check_spaces(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
+    """Raises RunError for a tokenizer whose spaces' bytes cannot be told from tokens alone."""
+    if tokenizer.piece_to_id(SPACES[0]) == tokenizer.unk_id():
+        raise RunError(f"{name}: has no piece of one space (U+2581), so that its bytes cannot be counted")
+    if tokenizer.normalize("a").endswith(SPACES):
+        raise RunError(f"{name}: adds a space behind each text, so that its bytes cannot be counted")
+
+
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """Returns a tokenizer and its file's SHA-256. Raises RunError."""
     try:
@@ -605,6 +623,7 @@ def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePi
         raise RunError(f"TOKENIZER_PATH={path} is no SentencePiece model; {GET_DATA}") from None
     if (size := tokenizer.vocab_size()) != vocab_size:
         raise RunError(f"TOKENIZER_PATH={path} has {size} tokens, not VOCAB_SIZE={vocab_size}")
+    check_spaces(tokenizer, f"TOKENIZER_PATH={path}")
     return tokenizer, hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -621,13 +640,16 @@ class ByteTables(NamedTuple):
 
 
 def byte_tables(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTables:
-    """Returns a tokenizer's tables; a space in a piece is one byte."""
-    rows = []
+    """Returns a tokenizer's tables; a space in a piece is one byte.
+
+    A first space that the tokenizer adds to each text is not the text's: it stands behind a boundary.
+    """
+    rows, added = [], tokenizer.normalize("a").startswith(SPACES)
     for i in range(tokenizer.vocab_size()):
         boundary = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        piece = "" if boundary else tokenizer.id_to_piece(i).replace("\u2581", " ")  # SentencePiece's space
-        size = 1 if tokenizer.is_byte(i) else len(piece.removeprefix(" ").encode())
-        rows.append((size, piece.startswith(" "), boundary))
+        piece = "" if boundary else tokenizer.id_to_piece(i).replace(*SPACES)
+        space = added and piece.startswith(" ")
+        rows.append((1 if tokenizer.is_byte(i) else len(piece.encode()) - space, space, boundary))
     return ByteTables(*map(torch.tensor, zip(*rows, strict=True)))
 
 
@@ -647,6 +669,8 @@ class Shard:
         """Raises RunError, OSError."""
         self.path, self.stamp = path, _stamp(path)
         header, size, start = np.fromfile(path, "<i4", 3).tolist(), self.stamp[0], HEADER_BYTES
+        if size == start and header == [SHARD_MAGIC, SHARD_VERSION, 0]:
+            raise RunError(f"shard {path}: holds no tokens")
         if size <= start or header != [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]:
             expected = f"{start} + 2 N, {[SHARD_MAGIC, SHARD_VERSION]} + [N]"
             raise RunError(f"shard {path}: {size} bytes, header {header}, not {expected}")
@@ -666,7 +690,7 @@ def open_shards(data_path: str, split: str) -> list[Shard]:
     """Returns a split's shards by name. Raises RunError, OSError."""
     shards = [Shard(path) for path in sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))]
     if not shards:
-        raise RunError(f"DATA_PATH={data_path} has no fineweb_{split}_*.bin; {GET_DATA}")
+        raise RunError(f"DATA_PATH={data_path} has no readable fineweb_{split}_*.bin; {GET_DATA}")
     return shards
 
 
@@ -733,8 +757,6 @@ def span_loader(
 
 # ======== Model ========
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
 
 def window_mask(past: int, length: int, device: torch.device) -> Tensor:
     """Returns what each of the last T of P + T positions sees, itself and P - 1 before: (T, P + T) bool."""
@@ -742,28 +764,13 @@ def window_mask(past: int, length: int, device: torch.device) -> Tensor:
     return (query < key) & (key <= query + past)
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns attention (B, T, H, d) of q (B, T, H, d) to k and v (B, P + T, K, d); without a mask causal."""
     causal = mask is None
     if not causal:  # no fast kernel takes both groups and a mask
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, positions, d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=causal).transpose(1, 2)
-
-
-def choose_attention(device: torch.device) -> tuple[str, AttentionKernel]:
-    """Returns name and kernel: FlashAttention 3 if it runs, else PyTorch's choice."""
-    try:
-        from flash_attn_interface import flash_attn_func
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-            return flash_attn_func(q, k, v, causal=True, window_size=(k.size(1) - q.size(1) - 1, 0))
-
-        attention(*[torch.zeros(1, 128, 8, 64, device=device, dtype=torch.bfloat16)] * 3)
-        return "FlashAttention 3", attention
-    except Exception as e:
-        why = f" (no FlashAttention 3: {e})".split("\n")[0] if device.type == "cuda" else ""
-        return f"PyTorch{why}", torch_attention
 
 
 def norm(x: Tensor) -> Tensor:
@@ -844,9 +851,9 @@ def lookup_weights(rows: int, width: int, out: int, scale: float) -> list[nn.Par
 class Block(nn.Module):
     """A layer; its matrices are in the banks."""
 
-    def __init__(self, s: Settings, layer: int, attention: AttentionKernel):
+    def __init__(self, s: Settings, layer: int):
         super().__init__()
-        self.s, self.layer, self.attention, D = s, layer, attention, s.model_dim
+        self.s, self.layer, D = s, layer, s.model_dim
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
         self.attn_scale, self.mlp_scale = parameter(D, value=1.0), parameter(D, value=1.0)
         self.q_gain = parameter(s.num_heads, value=s.qk_gain_init)
@@ -875,7 +882,7 @@ class Block(nn.Module):
         if f.cache is not None:
             k, v = f.with_past(slot, k, v)  # (B, P + T, K, d)
         q = rotate(norm(q), f.cos[-length:], f.sin[-length:]) * self.q_gain.to(x.dtype)[:, None]
-        a = self.attention(q, rotate(k, f.cos, f.sin), v, f.mask)  # (B, T, H, d)
+        a = attention(q, rotate(k, f.cos, f.sin), v, f.mask)  # (B, T, H, d)
         if self.drops_own_value:
             a = a.unflatten(2, (K, -1))  # (B, T, K, H / K, d)
             along = F.normalize(own_value, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
@@ -902,9 +909,7 @@ class GPT(nn.Module):
 
     BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
 
-    def __init__(
-        self, s: Settings, attention: AttentionKernel = torch_attention, dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, s: Settings, dtype: torch.dtype = torch.float32):
         super().__init__()
         L, V, D, bigrams = s.num_layers, s.vocab_size, s.model_dim, s.bigram_vocab_size
         KD, hidden = D // s.num_heads * s.num_kv_heads, int(s.mlp_mult * D)
@@ -915,7 +920,7 @@ class GPT(nn.Module):
         self.rotary = {}  # rotary_tables() by length and window
         self.qo_bank, self.kv_bank = parameter(2 * L, D, D), parameter(2 * L, KD, D)
         self.up_bank, self.down_bank = parameter(L, hidden, D), parameter(L, D, hidden)
-        self.tok_emb, self.head = parameter(V, D), None if s.tie_embeddings else parameter(V, D)
+        self.tok_emb = parameter(V, D)
         bigram_weights = lookup_weights(bigrams if bigrams > 1 else 0, s.bigram_dim, D, 0.05)
         self.bigram_table, self.bigram_proj, self.bigram_scale = bigram_weights
         values = len(self.ve_layers)
@@ -923,7 +928,7 @@ class GPT(nn.Module):
         self.ve_layer_scales = parameter(values, value=1.0) if values else None
         self.smear_gate = parameter(D)
         self.skip_weights = parameter(self.encoder_length, D, value=1.0) if L > 1 else None
-        self.blocks = nn.ModuleList(Block(s, layer, attention) for layer in range(L))
+        self.blocks = nn.ModuleList(Block(s, layer) for layer in range(L))
 
     @torch.no_grad()
     def initialize(self) -> "GPT":
@@ -999,8 +1004,8 @@ class GPT(nn.Module):
         if self.ve_layers:
             values = self.lookup(present, self.ve_table, self.ve_proj, self.ve_scale)
         x = self.trunk(x0, values, matrices or self.matrices(), context)
-        head, cap = self.tok_emb if self.head is None else self.head, self.s.logit_softcap
-        return cap * torch.tanh(F.linear(norm(x), head.to(x.dtype)).float() / cap)
+        cap = self.s.logit_softcap
+        return cap * torch.tanh(F.linear(norm(x), self.tok_emb.to(x.dtype)).float() / cap)
 
     def lookup(self, index: Tensor, table: Tensor, projection: Tensor | None, scale: Tensor) -> Tensor:
         """Returns a table's rows for an index (B, T), projected and scaled: (B, T, out)."""
@@ -1038,16 +1043,6 @@ class GPT(nn.Module):
         """Returns the cache of streams without a past."""
         shape = (2, lanes, 0, self.s.num_kv_heads, self.s.model_dim // self.s.num_heads)
         return [torch.empty(shape, dtype=self.dtype, device=self.tok_emb.device)] * len(self.order)
-
-    def zero_frozen_gradients(self, layers: int) -> None:
-        """Zero the first layers' gradients, in banks and other shared weights too."""
-        frozen = [p.grad for p in self.blocks[:layers].parameters()]
-        frozen += [bank.grad.unflatten(0, (-1, len(self.blocks)))[:, :layers] for bank in self.banks()]
-        frozen += [self.ve_layer_scales.grad[i] for i, layer in enumerate(self.ve_layers) if layer < layers]
-        if self.skip_weights is not None:
-            frozen.append(self.skip_weights.grad[: max(0, layers - self.encoder_length)])
-        for grad in frozen:
-            grad.zero_()
 
 
 # ======== Optimizers and schedules ========
@@ -1097,9 +1092,7 @@ class Optimizers:
         self.model, self.s, W = model, s, world_size()
         self.banks = sorted(model.banks(), key=torch.numel, reverse=True)  # largest first
         self.momentum = [torch.zeros_like(bank.chunk(W)[0], dtype=torch.bfloat16) for bank in self.banks]
-        table_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        rates = {"tok_emb": table_lr, "bigram_table": table_lr, "ve_table": table_lr, "head": s.head_lr}
-        groups = {}
+        rates, groups = dict.fromkeys(("tok_emb", "bigram_table", "ve_table"), s.tied_embed_lr), {}
         for name, p in model.named_parameters():
             if name not in model.BANKS:
                 groups.setdefault(rates.get(name, s.scalar_lr), []).append(p)
@@ -1527,7 +1520,8 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
         arrays = dict(np.load(io.BytesIO(lzma.decompress(data[SIDE_START:end]))))
         header = json.loads(bytes(arrays.pop("header")))
         texts, columns = header["settings"], header["columns"]
-        unknown = [name for name in texts if name not in KEPT]  # of another version of this program
+        other = [name for name in texts if name not in KEPT]  # of another version of this program
+        unknown = [name for name in other if texts[name] != RETIRED.get(name.upper())]
         strange = set(unknown) & set(header.get("fixed", ())) | set(FIXED) - set(texts)
         if strange:
             raise ValueError(f"its model has other settings: {' '.join(sorted(strange)).upper()}")
@@ -1554,13 +1548,11 @@ def settings_for_scoring(environ: Mapping[str, str], artifact: Artifact, run_id:
     return s
 
 
-def load_for_scoring(
-    artifact: Artifact, path: Path, run: Run, attention: AttentionKernel, fingerprint: str
-) -> GPT:
+def load_for_scoring(artifact: Artifact, path: Path, run: Run, fingerprint: str) -> GPT:
     """Returns an artifact's model, ready to score. Raises RunError."""
     if artifact.fingerprint != fingerprint:
         raise RunError(f"artifact {path}: made with another tokenizer than {run.settings.tokenizer_path}")
-    model = GPT(run.settings, attention, run.dtype)
+    model = GPT(run.settings, run.dtype)
     try:
         model.load_state_dict(dequantize(artifact.stored))
     except RuntimeError:
@@ -1717,7 +1709,6 @@ class Learner(Stateful):
         loss.backward()
         with torch.no_grad():
             all_reduce_list([w.grad for w in self.weights])
-            self.model.zero_frozen_gradients(s.ttt_freeze_blocks)
             if s.ttt_grad_clip:
                 nn.utils.clip_grad_norm_(self.weights, s.ttt_grad_clip)
             if s.ttt_decay:
@@ -1955,7 +1946,7 @@ class Trainer(Stateful):
 
     STATE = ("shard_lengths", "done", "elapsed", "weights", "optimizers", "averages", "base", "knob")
 
-    def __init__(self, run: Run, attention: AttentionKernel = torch_attention):
+    def __init__(self, run: Run):
         s, self.run_of, self.device = run.settings, run, run.device
         self.s, shards, batch = s, open_shards(s.data_path, "train"), s.val_batch_size // SPANS
         self.shards, holdout = split_holdout(shards, s.holdout_tokens, s.train_seq_len)
@@ -1963,7 +1954,7 @@ class Trainer(Stateful):
         self.loader = partial(span_loader, self.shards, s.train_batch_tokens // SPANS, s.vocab_size)
         self.holdout_tokens = check_ids(holdout, s.vocab_size, "held-out tail").to(self.device)
         torch.manual_seed(s.seed)
-        self.model = GPT(s, attention, run.dtype).initialize().on(self.device)
+        self.model = GPT(s, run.dtype).initialize().on(self.device)
         self.weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, s)
         self.averages = Averages(self.weights, s)
@@ -2134,14 +2125,18 @@ def export(run: Run, trainer: Trainer, fingerprint: str, calibration: Calibratio
 
 def load_hooks(s: Settings) -> Hooks:
     """Returns the hooks of tools/run/ beside this file, or none. Raises RunError."""
-    folder = Path(__file__).resolve().parent / "tools" / "run"
-    if not folder.is_dir():
+    folder = Path(__file__).resolve().parent / "tools"
+    if not (folder / "run").is_dir():
         if s.audit or s.resume or s.checkpoint_every:
             raise RunError("AUDIT, RESUME and CHECKPOINT_EVERY need tools/")
         return NO_HOOKS
     try:
+        if str(folder) not in getattr(sys.modules.get("tools"), "__path__", []):  # no other one on the path
+            spec = importlib.util.spec_from_file_location("tools", folder / "__init__.py")
+            sys.modules["tools"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules["tools"])
         return importlib.import_module("tools.run").make_hooks(s)
-    except ImportError as e:
+    except (ImportError, OSError) as e:
         raise RunError(f"{folder} is broken: {e}") from None
 
 
@@ -2173,12 +2168,12 @@ def open_log(run: Run, source: str, append: bool) -> None:
     run.log.open(run.log_path, source, append)
 
 
-def log_beginning(run: Run, source: bytes, kernel: str) -> None:
+def log_beginning(run: Run, source: bytes) -> None:
     """Log what runs and where."""
     line, code = f"settings: {assignments(run.settings, list(FIELDS))}", hashlib.sha256(source).hexdigest()
     run.log.event("settings", line, source_sha256=code, code_bytes=len(source))
     hardware = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU ({platform.machine()})"
-    where = {"processes": world_size(), "hardware": hardware, "attention": kernel, "torch": torch.__version__}
+    where = {"processes": world_size(), "hardware": hardware, "torch": torch.__version__}
     run.log.event("machine", **where, python=platform.python_version(), hooks=str(run.hooks))
 
 
@@ -2227,14 +2222,13 @@ def execute(run: Run) -> None:
     if only_score:
         data, artifact = read_artifact(run)
         s = run.settings = settings_for_scoring(os.environ, artifact, s.run_id)
-    kernel, attention = choose_attention(run.device)
     tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
     with run.device:
         tables = byte_tables(tokenizer)
     text = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(run.device)
-    trainer = None if only_score else together(lambda: Trainer(run, attention))
+    trainer = None if only_score else together(lambda: Trainer(run))
     together(lambda: open_log(run, source.decode(), append=bool(phase)), 1)
-    log_beginning(run, source, kernel)
+    log_beginning(run, source)
     if trainer is not None:
         train_and_export(run, trainer, text, tables, fingerprint, limit)
         del trainer
@@ -2245,7 +2239,7 @@ def execute(run: Run) -> None:
         )
     total, own = len(data) + len(source), {"artifact_bytes": len(data), "side_bytes": side_bytes(data)}
     run.log.event("size", f"Total submission size int+rans: {total} bytes", total=total, **own)
-    model = load_for_scoring(artifact, run.artifact_path, run, attention, fingerprint)
+    model = load_for_scoring(artifact, run.artifact_path, run, fingerprint)
     score_artifact(run, model, text, tables)
     hooks.on_end()
     if run.log.lost:

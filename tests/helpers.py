@@ -8,6 +8,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -97,6 +98,11 @@ def one_lane(scorer):
     return T.plan_windows(scorer.targets, scorer.targets, 1), scorer.targets
 
 
+def attention_by(kernel):
+    """A context in which models attend by a function like T.attention."""
+    return patch.object(T, "attention", kernel)
+
+
 class PerTarget(T.Hooks):
     """Keeps the nll of each target, which may be scored once."""
 
@@ -183,15 +189,8 @@ def undone(weights):
     T.copy_weights(weights, before)
 
 
-TTT_RUNS = dict(
-    muon=dict(TTT_MUON=1),
-    sgd=dict(TTT_MUON=0),
-    frozen=dict(TTT_MUON=1, TTT_FREEZE_BLOCKS=1),
-    sgd_frozen=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=3),
-)
-STREAM_RUNS = dict(
-    stream_muon=dict(TTT_MUON=1, TTT_DECAY=0.01), stream_sgd=dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1)
-)
+TTT_RUNS = dict(muon=dict(TTT_MUON=1), sgd=dict(TTT_MUON=0), sgd_three=dict(TTT_MUON=0, TTT_BATCH_SEQS=3))
+STREAM_RUNS = dict(stream_muon=dict(TTT_MUON=1, TTT_DECAY=0.01), stream_sgd=dict(TTT_MUON=0))
 CHANGED = 150  # a token of the stream
 TTT_ADAPT = dict(TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_HIGH=3.45, TTT_ENTROPY_LOW=3, TTT_EPOCHS=2, TTT_LR=0.01)
 

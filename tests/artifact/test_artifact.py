@@ -358,3 +358,12 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch, owner,
         T.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", sorted(Path(T.__file__).parent.glob("logs/*.bin")), ids=lambda p: p.name)
+def test_artifacts_of_earlier_versions_are_read(path):
+    """Their settings that are retired have the values that are left."""
+    artifact = T.unpack_artifact(path.read_bytes(), path)
+    assert artifact.unknown == [] and artifact.settings.keys() <= set(T.KEPT)
+    model = T.GPT(T.settings_for_scoring({}, artifact, "a"))
+    model.load_state_dict(T.dequantize(artifact.stored))

@@ -62,7 +62,7 @@ def test_a_shard_that_changes_between_two_reads_is_an_error(tmp_path, change):
         (dict(count=2**31 - 1), 0),
         (dict(count=-5), 5),
         (dict(count=0), 5),
-        (dict(), 0),
+        (dict(count=1), 0),
     ],
     ids=str,
 )
@@ -76,6 +76,11 @@ def test_a_shard_whose_header_is_wrong_is_named(tmp_path, header, tokens):
         else [str(1024 + 2 * tokens), str(header.get("count", 0))]
     )
     assert message.startswith(f"shard {path}: ") and all(fact in message for fact in facts)
+
+
+def test_a_shard_without_tokens_is_named(tmp_path):
+    tiny.write_shard(tmp_path / "empty.bin", [])
+    assert error_of(T.Shard, tmp_path / "empty.bin") == f"shard {tmp_path}/empty.bin: holds no tokens"
 
 
 @pytest.mark.parametrize("size", [0, 3, 1023, 1024, 1033])

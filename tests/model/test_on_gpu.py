@@ -15,6 +15,7 @@ import tests.model.test_record_parity as record
 import train_gpt as T
 from tests.helpers import (
     PerTarget,
+    attention_by,
     made_up_tokens,
     one_lane,
     random_model,
@@ -167,20 +168,10 @@ def only(kernel):
 def test_attention_kernels(kernel, case):
     with only(kernel):
         if case == "causal":
-            assert_same_attention(T.torch_attention, random_heads(2, 512, 512), 512)
+            assert_same_attention(T.attention, random_heads(2, 512, 512), 512)
         else:  # 128 positions behind 384 others
             mask = T.window_mask(384, 128, DEVICE)
-            assert_same_attention(
-                lambda q, k, v: T.torch_attention(q, k, v, mask), random_heads(2, 128, 512), 384
-            )
-
-
-def test_the_chosen_attention():
-    name, attention = T.choose_attention(DEVICE)
-    print("chosen:", name)
-    assert_same_attention(attention, random_heads(2, 512, 512), 512)
-    mask = T.window_mask(384, 128, DEVICE)
-    assert_same_attention(lambda q, k, v: attention(q, k, v, mask), random_heads(2, 128, 512), 384)
+            assert_same_attention(lambda q, k, v: T.attention(q, k, v, mask), random_heads(2, 128, 512), 384)
 
 
 @pytest.mark.parametrize("window", [512, 100])
@@ -219,11 +210,12 @@ def test_a_stream_scores_like_the_whole_text_at_once(dtype, tolerance):
     s, tokens = settings(EVAL_SEQ_LEN=24), made_up_tokens(201)
     streamed = scorer_on_device(s, tokens, dtype)
     streamed.sums(*one_lane(streamed))
-    whole = T.GPT(s, lambda q, k, v, mask=None: plain_attention(q, k, v, 24).to(q.dtype), dtype)
-    whole.load_state_dict(random_model(s).state_dict())
+    whole = random_model(s).to(DEVICE)
+    whole.dtype = dtype
     text = torch.as_tensor(tokens).long().to(DEVICE)
-    with torch.no_grad():
-        nll = whole.to(DEVICE)(text[None, :-1], text[None, 1:])[0].double()
+    banded = attention_by(lambda q, k, v, mask=None: plain_attention(q, k, v, 24).to(q.dtype))
+    with torch.no_grad(), banded:
+        nll = whole(text[None, :-1], text[None, 1:])[0].double()
     difference = (streamed.hooks.nll - nll).abs().max().item()
     print(f"{dtype}: at most {difference:.1e} nats apart")
     assert difference < tolerance

@@ -335,29 +335,6 @@ def test_a_sequence_that_fills_up_a_batch_changes_nothing(muon):
         torch.testing.assert_close(w, v, rtol=0, atol=2e-4 if muon else 1e-7)
 
 
-def parts(model):
-    """(layer it belongs to, weights) for all parts of a model of 4 layers; layer 4 for what belongs to
-    none."""
-    for name, p in model.named_parameters():
-        if name in (*model.BANKS, "skip_weights", "ve_layer_scales"):
-            layers = {"skip_weights": (2, 3), "ve_layer_scales": (1, 3)}.get(
-                name, [i % 4 for i in range(len(p))]
-            )
-            yield from zip(layers, p.detach(), strict=True)
-        else:
-            yield int(name.split(".")[1]) if name.startswith("blocks.") else 4, p.detach()
-
-
-@pytest.mark.parametrize("muon", [0, 1])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4])
-def test_nothing_of_the_frozen_layers_moves(n, muon):
-    learner = learner_of(NUM_LAYERS=4, VE_LAYERS="1,3", TTT_MUON=muon, TTT_FREEZE_BLOCKS=n)
-    before = [(layer, part.clone()) for layer, part in parts(learner.model)]
-    learn(learner, chunk_tokens(3), epochs=1, lr=0.1)
-    for (layer, old), (_, new) in zip(before, parts(learner.model), strict=True):
-        assert torch.equal(old, new) == (layer < n)
-
-
 @pytest.mark.parametrize("muon", [0, 1])
 def test_rehearsing_on_made_up_tokens_leaves_no_trace(muon):
     s, tokens, found = settings(TTT_MUON=muon, TTT_LR=0.01), made_up_tokens(151), []

@@ -11,6 +11,7 @@ import torch
 import train_gpt as T
 from tests.helpers import (
     PerTarget,
+    attention_by,
     changed,
     made_up_tokens,
     one_lane,
@@ -40,9 +41,8 @@ def banded(window):
 
 
 def whole_text_nll(s, tokens, window):
-    model = T.GPT(s, banded(window))
-    model.load_state_dict(random_model(s).state_dict())
-    with torch.no_grad():
+    model = random_model(s)
+    with torch.no_grad(), attention_by(banded(window)):
         return model(tokens[None, :-1].long(), tokens[None, 1:].long())[0].double()
 
 
@@ -75,13 +75,12 @@ def test_the_length_of_a_segment_changes_nothing(segment):
 def test_a_layer_that_is_executed_twice_has_two_slots_of_the_past(order):
     """A slot an execution: the second one does not see what the first has left."""
     s, tokens = settings(EVAL_SEQ_LEN=24), torch.as_tensor(made_up_tokens(142))
-    whole, scores = T.GPT(s, banded(24)), PerTarget()
-    whole.load_state_dict(random_model(s).state_dict())
+    whole, scores = random_model(s), PerTarget()
     scorer = scorer_of(random_model(s), s, tokens, scores)
     scorer.model.order = whole.order = order
     assert len(scorer.model.empty_cache(1)) == len(order)
     scorer.sums(*one_lane(scorer))
-    with torch.no_grad():
+    with torch.no_grad(), attention_by(banded(24)):
         nll = whole(tokens[None, :-1].long(), tokens[None, 1:].long())[0].double()
     torch.testing.assert_close(scores.nll, nll, rtol=0, atol=1e-5)
     assert not torch.allclose(nll, whole_text_nll(s, tokens, 24), atol=1e-3)

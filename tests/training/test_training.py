@@ -439,9 +439,9 @@ def test_muon_does_not_depend_on_the_scale_of_the_gradient():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
-@pytest.mark.parametrize("extra", [dict(), dict(TIE_EMBEDDINGS=0), dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0)])
+@pytest.mark.parametrize("extra", [dict(), dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0)])
 def test_every_parameter_has_one_optimizer_and_its_own_learning_rate(extra):
-    s = settings(**extra, TIED_EMBED_LR=0.01, EMBED_LR=0.02, HEAD_LR=0.03, SCALAR_LR=0.04)
+    s = settings(**extra, TIED_EMBED_LR=0.01, SCALAR_LR=0.04)
     model = random_model(s)
     optimizers, names = T.Optimizers(model, s), {id(p): name for name, p in model.named_parameters()}
     backward(model, *random_batch())
@@ -452,8 +452,7 @@ def test_every_parameter_has_one_optimizer_and_its_own_learning_rate(extra):
     assert sorted([name for name, _ in rates] + list(model.BANKS)) == sorted(
         names.values()
     )  # each exactly once
-    table = 0.01 if s.tie_embeddings else 0.02
-    special = dict(head=0.03, tok_emb=table, bigram_table=table, ve_table=table)
+    special = dict(tok_emb=0.01, bigram_table=0.01, ve_table=0.01)
     for name, rate in rates:
         assert rate == special.get(name, 0.04), name
 
@@ -502,7 +501,6 @@ def test_weight_decay():
     "extra",
     [
         dict(),
-        dict(TIE_EMBEDDINGS=0),
         dict(BIGRAM_VOCAB_SIZE=0),
         dict(BIGRAM_DIM=32),
         dict(VE_ENABLED=0),

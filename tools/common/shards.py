@@ -1,12 +1,15 @@
-"""Writing token shards as train_gpt.Shard reads them."""
+"""Writing token shards as train_gpt.Shard reads them, and stating what validation holds."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import train_gpt as T
 
 STATED = "fineweb_val.json"  # beside validation shards: their tokens and bytes
+PART = 2**22  # tokens whose bytes are counted at once
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -14,3 +17,21 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     header = np.zeros(T.SHARD_HEADER_INTS, "<i4")
     header[:3] = T.SHARD_MAGIC, T.SHARD_VERSION, len(tokens)
     T.write_atomically(path, header.tobytes() + tokens.astype("<u2", copy=False).tobytes())
+
+
+def count_bytes(shards: list[T.Shard], tables: T.ByteTables) -> int:
+    """Returns the bytes for which a text's tokens count behind its first one. Raises RunError, OSError."""
+    total, before = 0, None
+    for shard in shards:
+        for low in range(0, len(shard), PART):
+            tokens = torch.from_numpy(shard.read(low, low + PART).astype(np.int64))
+            if before is not None:
+                tokens = torch.cat((before, tokens))
+            total += int(tables.count(tokens[:-1], tokens[1:]).sum())
+            before = tokens[-1:]
+    return total
+
+
+def state(folder: Path, **totals: int) -> None:
+    """Write what the validation shards in a folder hold, for a run to check. Raises OSError."""
+    T.write_atomically(folder / STATED, (json.dumps(totals) + "\n").encode())

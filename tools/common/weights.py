@@ -29,12 +29,12 @@ class Weights(NamedTuple):
         """
         return T.settings_for_scoring(environ, self.artifact, run_id="")
 
-    def model(self, run: T.Run, attention: T.AttentionKernel, fingerprint: str) -> T.GPT:
+    def model(self, run: T.Run, fingerprint: str) -> T.GPT:
         """Returns its model, ready to score.
 
         Raises RunError, also if `fingerprint` is not its tokenizer's.
         """
-        return T.load_for_scoring(self.artifact, self.path, run, attention, fingerprint)
+        return T.load_for_scoring(self.artifact, self.path, run, fingerprint)
 
 
 def read_weights(path: Path) -> Weights:

@@ -22,12 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.common.cli import ROOT, Parser, ends_in_one_line, fail
-from train_gpt import RunError, Shard
+from tools.common.shards import count_bytes, state
+from train_gpt import RunError, Shard, byte_tables, check_ids, load_tokenizer, open_shards
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 REMOTE = "datasets/"  # the repository's folder that is laid out like --out
+PUBLISHED = ("willdepueoai/parameter-golf", "kevclark/parameter-golf")
+# Tokens of validation by variant, and MB of its text, which is the same 50,000 documents in all of them (the
+# challenge's README and logs)
+VALIDATION_TOKENS = {"sp1024": 62_021_633}
+VALIDATION_MB = 151.08
 STAGING = ".download"  # beside the final files, so that giving a file its name is one rename
 
 
@@ -174,6 +180,25 @@ def download(
     return targets[tokenizer], len(train), len(val), sum(sizes[remote] for remote in targets)
 
 
+def state_totals(folder: Path, tokenizer: Path, variant: str, published: bool) -> str:
+    """Write what validation holds, for runs to check, and return it in words.
+
+    Raises RunError, also for what is `published` but not FineWeb's validation text, OSError.
+    """
+    shards = open_shards(str(folder), "val")
+    vocab_size = int(variant.removeprefix("sp"))
+    for shard in shards:
+        check_ids(shard.read(), vocab_size, str(shard.path))
+    tables = byte_tables(load_tokenizer(str(tokenizer), vocab_size)[0])
+    tokens, size = sum(map(len, shards)), count_bytes(shards, tables)
+    found = f"{tokens:,} tokens of validation, {size / 1e6:.2f} MB of text"
+    known = VALIDATION_TOKENS.get(variant, tokens)
+    if published and (tokens != known or round(size / 1e6, 2) != VALIDATION_MB):
+        raise RunError(f"{folder}: {found}; FineWeb has {known:,} tokens, {VALIDATION_MB} MB: fetch it again")
+    state(folder, tokens=tokens, bytes=size)
+    return found
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Returns the arguments."""
     parser = Parser(__doc__)
@@ -184,7 +209,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("data"), metavar="DIR", help="destination (default ./data)"
     )
-    parser.add_argument("--repo", default="willdepueoai/parameter-golf", help="dataset repository on the Hub")
+    parser.add_argument("--repo", default=PUBLISHED[0], help="dataset repository on the Hub")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
     args = parser.parse_args(argv)
     if args.train_shards < 0:
@@ -204,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     source = {"repo_id": args.repo, "repo_type": "dataset", "revision": args.revision}
     with ends_in_one_line():
         tokenizer, train, val, size = download(HfApi(), source, args.variant, args.train_shards, args.out)
-    folder = args.out / "datasets" / f"fineweb10B_{args.variant}"
+        folder = args.out / "datasets" / f"fineweb10B_{args.variant}"
+        print(state_totals(folder, tokenizer, args.variant, args.repo in PUBLISHED))
     settings = {
         "DATA_PATH": folder,
         "TOKENIZER_PATH": tokenizer,

@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ import torch
 
 import train_gpt as T
 from tools.common.cli import Parser, ends_in_one_line
-from tools.common.shards import STATED, write_shard
+from tools.common.shards import STATED, state, write_shard
 from train_gpt import RunError
 
 SPLITS = ("val", "train")
@@ -40,19 +39,7 @@ SHARD_TOKENS = 100_000_000
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 MAX_VOCAB_SIZE = 2**16  # tokens are uint16
 MAX_DOCUMENT_BYTES = 2**26
-SPACES = ("\u2581", " ")  # SentencePiece's
 BATCH_CHARS = 2**22  # encoded at once, by all cores
-
-
-def check_spaces(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
-    """Raises RunError for a tokenizer whose spaces' bytes train_gpt.py cannot tell from the tokens."""
-    seen = tokenizer.normalize("a")
-    if tokenizer.piece_to_id(SPACES[0]) == tokenizer.unk_id():
-        raise RunError(f"{name}: has no piece of one space (U+2581), so that its bytes cannot be counted")
-    if seen.endswith(SPACES):
-        raise RunError(f"{name}: adds a space behind each text, so that its bytes cannot be counted")
-    if not seen.startswith(SPACES):
-        raise RunError(f"{name}: adds no space before a text (add_dummy_prefix), by which bytes are counted")
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -72,7 +59,7 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         )
     if tokenizer.bos_id() < 0:
         raise RunError(f"tokenizer {path}: has no BOS id, which has to lead every document")
-    check_spaces(tokenizer, f"tokenizer {path}")
+    T.check_spaces(tokenizer, f"tokenizer {path}")
     return tokenizer
 
 
@@ -175,7 +162,7 @@ class Tally:
 
     def __post_init__(self) -> None:
         self.tables = T.byte_tables(self.tokenizer)
-        self.added = self.tokenizer.normalize("a").startswith(SPACES)
+        self.added = self.tokenizer.normalize("a").startswith(T.SPACES)
 
     def wanted(self, documents: Iterable[str]) -> Iterator[str]:
         """Yield the documents that are not in `others`."""
@@ -188,9 +175,9 @@ class Tally:
                 continue
             yield text
 
-    def add(self, texts: list[str], encoded: list[list[int]]) -> None:
-        """Count texts and their tokens, each led by BOS."""
-        tokens = torch.tensor(list(chain.from_iterable(encoded)))
+    def add(self, texts: list[str], ids: np.ndarray) -> None:
+        """Count texts and their tokens, as encode() gives them."""
+        tokens = torch.from_numpy(ids.astype(np.int64))
         source = sum(len(text.encode()) for text in texts)
         counted = int(self.tables.count(tokens[:-1], tokens[1:]).sum())
         normalized = source
@@ -203,7 +190,7 @@ class Tally:
 
     def size_seen(self, text: str) -> int:
         """Returns the bytes of a text as the tokenizer sees it."""
-        seen = self.tokenizer.normalize(text).replace(*SPACES)
+        seen = self.tokenizer.normalize(text).replace(*T.SPACES)
         return len(seen.encode()) - (self.added and seen.startswith(" "))
 
     def report(self) -> str:
@@ -218,15 +205,13 @@ class Tally:
 
 
 def encode(
-    documents: Iterable[str], tally: Tally, progress: Callable[[int, int], None]
-) -> Iterator[np.ndarray]:
-    """Yield the tokens of batch after batch as uint16, each document led by BOS."""
-    left = tally.wanted(documents)
+    documents: Iterable[str], tokenizer: sentencepiece.SentencePieceProcessor
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield batches of documents and their tokens, uint16, each document led by BOS."""
+    left = iter(documents)
     while batch := take(left, BATCH_CHARS):
-        encoded = tally.tokenizer.encode(batch, add_bos=True, num_threads=os.cpu_count())
-        tally.add(batch, encoded)
-        yield np.concatenate([np.array(ids, np.uint16) for ids in encoded])
-        progress(tally.documents, tally.tokens)
+        encoded = tokenizer.encode(batch, add_bos=True, num_threads=os.cpu_count())
+        yield batch, np.concatenate([np.array(ids, np.uint16) for ids in encoded])
 
 
 def cut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
@@ -256,13 +241,19 @@ def write_shards(
     Of validation also state what is in them. progress(documents, tokens) hears of every batch. Raises
     RunError if there are no documents.
     """
-    for index, tokens in enumerate(cut(encode(documents, tally, progress), shard_tokens)):
+
+    def counted() -> Iterator[np.ndarray]:
+        for texts, tokens in encode(tally.wanted(documents), tally.tokenizer):
+            tally.add(texts, tokens)
+            yield tokens
+            progress(tally.documents, tally.tokens)
+
+    for index, tokens in enumerate(cut(counted(), shard_tokens)):
         write_shard(Path(out_dir) / f"fineweb_{split}_{index:06d}.bin", tokens)
     if not tally.tokens:
         raise RunError(f"{split}: the input holds no text")
     if split == "val":
-        stated = {"documents": tally.documents, "tokens": tally.tokens, "bytes": tally.counted_bytes}
-        T.write_atomically(Path(out_dir) / STATED, (json.dumps(stated) + "\n").encode())
+        state(Path(out_dir), documents=tally.documents, tokens=tally.tokens, bytes=tally.counted_bytes)
     return tally
 
 

@@ -51,7 +51,6 @@ class Bench:
     """What every measurement is given."""
 
     run: T.Run
-    attention: T.AttentionKernel = T.torch_attention
     compiled: bool = False
     steps: int = 1  # to time
     shards: bool = False  # tokens from DATA_PATH, else uniform ones
@@ -90,7 +89,7 @@ class Bench:
 
     def model(self) -> T.GPT:
         """Returns a model of random weights."""
-        return self.prepare(T.GPT(self.s, self.attention, self.run.dtype).initialize().on(self.device))
+        return self.prepare(T.GPT(self.s, self.run.dtype).initialize().on(self.device))
 
     def scorer(self, model: T.GPT, tokens: Tensor, window: int) -> T.Scorer:
         """Returns a Scorer of tokens (N + 1,) that counts each of them as a byte."""
@@ -107,7 +106,7 @@ def forward_flop(model: T.GPT, length: int) -> tuple[int, str]:
 
     Training takes three times that.
     """
-    s, head = model.s, model.tok_emb if model.head is None else model.head
+    s, head = model.s, model.tok_emb
     matrices = [*model.banks(), head, model.bigram_proj, model.ve_proj]
     weights = sum(m.numel() for m in matrices if m is not None)
     attention = f"2 x {s.num_layers} layers x {length} x {s.model_dim} for attention's two products"
@@ -409,7 +408,7 @@ def trainer_of(bench: Bench) -> Iterator[T.Trainer]:
             tokens = np.random.default_rng(s.seed).integers(s.vocab_size, size=count)
             write_shard(Path(folder) / "fineweb_train_000000.bin", tokens)
         run = T.Run(replace(s, data_path=folder), bench.device)
-        trainer = T.together(lambda: T.Trainer(run, bench.attention))
+        trainer = T.together(lambda: T.Trainer(run))
         bench.prepare(trainer.model)
         yield trainer
 
@@ -661,7 +660,7 @@ def check_kernel(kernel: str, s: T.Settings, device: torch.device) -> str:
         for n in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
     try:
-        T.torch_attention(q, k, v).sum().backward()
+        T.attention(q, k, v).sum().backward()
     except RuntimeError as e:
         raise T.RunError(
             f"attention kernel {kernel}: does not run here ({' '.join(str(e).split())[:200]})"
@@ -671,19 +670,18 @@ def check_kernel(kernel: str, s: T.Settings, device: torch.device) -> str:
     return SDPBackend(chosen).name.lower().removesuffix("_attention")  # cudnn, flash, efficient or math
 
 
-def choose_attention(name: str | None, device: torch.device, s: T.Settings) -> tuple[str, T.AttentionKernel]:
-    """Returns train_gpt.py's choice, or the PyTorch kernel of that name.
+def choose_attention(name: str | None, device: torch.device, s: T.Settings) -> str:
+    """Returns the attention kernel that PyTorch takes: its own choice, or that of a name from here on.
 
     Raises RunError if it does not run here.
     """
-    if name and device.type == "cpu":
-        raise T.RunError(f"--attention {name}: only GPUs have a choice of kernels")
-    kernel, attention = T.choose_attention(device) if name is None else (name, T.torch_attention)
-    if attention is T.torch_attention and device.type == "cuda":
-        for other in ATTENTION_KERNELS if name else ():
-            getattr(torch.backends.cuda, f"enable_{other}_sdp")(other == name)
-        kernel = check_kernel(kernel, s, device)
-    return kernel, attention
+    if device.type == "cpu":
+        if name:
+            raise T.RunError(f"--attention {name}: only GPUs have a choice of kernels")
+        return "PyTorch"
+    for other in ATTENTION_KERNELS if name else ():
+        getattr(torch.backends.cuda, f"enable_{other}_sdp")(other == name)
+    return check_kernel(name or "of PyTorch's choice", s, device)
 
 
 def run(args: argparse.Namespace) -> Figures:
@@ -694,8 +692,8 @@ def run(args: argparse.Namespace) -> Figures:
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # as train_gpt.py does
         torch._inductor.config.cpp.enable_kernel_profile = True  # gives kernels on a CPU names
-    kernel, attention = choose_attention(args.attention, device, s)
-    bench = Bench(T.Run(s, device), attention, compiled, args.steps, args.shards, args.profile)
+    kernel = choose_attention(args.attention, device, s)
+    bench = Bench(T.Run(s, device), compiled, args.steps, args.shards, args.profile)
     figures = BENCHES[args.bench](bench)
     changed = {
         name: T.show(value)
@@ -723,7 +721,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("bench", choices=BENCHES, help="what to measure")
     parser.add_argument("--steps", type=positive, metavar="N", help="steps to time (20; artifact: 3)")
     parser.add_argument(
-        "--attention", choices=ATTENTION_KERNELS, help="a GPU's kernel; without it, train_gpt.py's choice"
+        "--attention", choices=ATTENTION_KERNELS, help="a GPU's kernel; without it, PyTorch's choice"
     )
     parser.add_argument(
         "--shards", action="store_true", help="tokens from DATA_PATH's shards; without it, uniform ones"

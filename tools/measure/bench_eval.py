@@ -38,7 +38,6 @@ TTT_SHOWN = (
     "ttt_muon",
     "ttt_decay",
     "ttt_entropy_adapt",
-    "ttt_freeze_blocks",
 )  # of what a score with test-time training depends on
 
 
@@ -87,7 +86,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[T.Sett
 def score(s: T.Settings, text: Text, device: torch.device) -> tuple[str, T.Score, float]:
     """Returns the last stage of scoring by some settings, its score and its seconds. Raises RunError."""
     run = T.Run(s, device)
-    model = text.weights.model(run, T.choose_attention(device)[1], text.fingerprint)
+    model = text.weights.model(run, text.fingerprint)
     T.compile_scoring(run, model, text.tables)
     start = now(device)
     name, stage = list(T.Evaluation(run, model, text.tokens, text.tables).stages.items())[-1]

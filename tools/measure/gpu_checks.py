@@ -30,7 +30,7 @@ from tools.common.machine import short_name
 from tools.common.processes import started
 from tools.common.shards import write_shard
 from tools.common.tables import table
-from tools.data.make_shards import Tally, cut, encode, load_tokenizer, read_file
+from tools.data.make_shards import cut, encode, load_tokenizer, read_file
 
 FIGURES = "logs/check_figures.jsonl"  # of one measurement, from the project's root
 Settings = Mapping[str, str | int | float]
@@ -243,7 +243,7 @@ def prepare_data(size: Size, corpus: Path | None, tokenizer: Path | None) -> Non
     for split, most in size.tokens.items():
         path = corpus / f"{split}.jsonl.xz"
         documents = (text for text, _ in read_file(path))
-        tokens = next(cut(encode(documents, Tally(model), lambda documents, tokens: None), most), None)
+        tokens = next(cut((tokens for _, tokens in encode(documents, model)), most), None)
         if tokens is None:
             raise T.RunError(f"{path}: holds no text")
         shard = f"fineweb_{split}_000000.bin"

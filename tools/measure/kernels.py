@@ -76,7 +76,7 @@ def by_backend(backend: SDPBackend, mask: Tensor | None = None) -> Attention:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return T.torch_attention(q, k, v, mask)
+            return T.attention(q, k, v, mask)
 
     return attention
 
@@ -157,13 +157,10 @@ def time_training_attention(timer: Timer, B: int, L: int) -> None:
     flop = 4 * B * H * L * L * D / 2
     for backend in BACKENDS:
         timer.both(f"{name}, {backend.name}", by_backend(backend), inputs, flop)
-    timer.both(f"{name}, PyTorch's own choice", T.torch_attention, inputs, flop)
+    timer.both(f"{name}, PyTorch's own choice", T.attention, inputs, flop)
     timer.both(f"{name}, cuDNN, k and v repeated", by_cudnn_repeated, inputs, flop)
-    kernel, attention = T.choose_attention(timer.device)
-    if attention is T.torch_attention:
-        timer.say(f"FlashAttention 3: {kernel}")
-    else:
-        timer.both(f"{name}, {kernel}", attention, inputs, flop)
+    kernels = getattr(torch.nn.attention, "list_flash_attention_impls", list)()  # from PyTorch 2.11 on
+    timer.say(f"flash implementations that can be activated: {kernels}")
     for length in (L, L // 4, 300 * L // 2048):
         ends = chain(range(0, B * L, length), (B * L,))
         starts = torch.tensor(list(ends), dtype=torch.int32, device=timer.device)
@@ -192,7 +189,7 @@ def time_stream_attention(timer: Timer, C: int, P: int) -> None:
     flop, mask = 4 * H * C * P * D, T.window_mask(P, C, timer.device)
 
     def by_choice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return T.torch_attention(q, k, v, mask)
+        return T.attention(q, k, v, mask)
 
     for backend in BACKENDS[1:]:
         timer.both(f"{name}, mask, {backend.name}", by_backend(backend, mask), inputs, flop)

@@ -135,7 +135,7 @@ def prepare(args: argparse.Namespace) -> Subject:
         raise T.RunError("--png needs matplotlib: pip install matplotlib")
     s, device = weights.settings(os.environ), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tables, fingerprint = tables_on(device, s)
-    model = weights.model(FullPrecision(s, device), T.torch_attention, fingerprint)
+    model = weights.model(FullPrecision(s, device), fingerprint)
     _, holdout = T.split_holdout(T.open_shards(s.data_path, "train"), s.holdout_tokens, s.train_seq_len)
     held = T.check_ids(holdout, s.vocab_size, "held-out tail of the last train shard")
     tokens, window = T.validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len), s.eval_seq_len

@@ -36,7 +36,7 @@ from tools.common.processes import end_group, started
 from tools.common.shards import write_shard
 from tools.common.tables import table
 from tools.data import demo_data
-from tools.data.make_shards import Tally, encode
+from tools.data.make_shards import encode
 
 LIMIT = 300  # seconds of a run, which takes six on a core of its own
 DOCUMENTS = 40  # modules of the standard library, from which the text is made
@@ -90,11 +90,11 @@ class Case:
 CASES = {
     "windows": Case(),
     "windows_2": Case(processes=2),
-    "sgd": Case({"TTT_MUON": 0, "TTT_FREEZE_BLOCKS": 1}),
+    "sgd": Case({"TTT_MUON": 0}),
     "streaming": Case(STREAMING | {"TTT_EPOCHS": 2, "TTT_DECAY": 0.01}),
     "streaming_2": Case(STREAMING | {"TTT_MUON": 0}, processes=2),
     "qat": Case({"LATE_QAT": 1, "LATE_QAT_THRESHOLD": 0.3, "AUDIT": 1}),
-    "untied": Case(NO_EXTRAS | {"TIE_EMBEDDINGS": 0, "MICRO_BATCH_TOKENS": 512}),
+    "plain": Case(NO_EXTRAS | {"MICRO_BATCH_TOKENS": 512}),
     "tight": Case({"TTT_ENTROPY_ADAPT": 0}, room=110_000),
     "resumed": Case(
         {"LATE_QAT": 1, "LATE_QAT_THRESHOLD": 0.3, "CHECKPOINT_EVERY": 0.001, "RESUME": "auto"},
@@ -134,7 +134,7 @@ def make_data(folder: Path) -> None:
     model = demo_data.train_tokenizer(texts)
     (folder / "tokenizer.model").write_bytes(model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tokens = np.concatenate(list(encode(texts, Tally(tokenizer), lambda documents, tokens: None)))
+    tokens = np.concatenate([tokens for _, tokens in encode(texts, tokenizer)])
     if len(tokens) < max(high for _, high in SHARDS.values()):
         raise T.RunError(f"the first {DOCUMENTS} modules of this Python's library hold too little text")
     for name, (low, high) in SHARDS.items():

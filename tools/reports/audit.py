@@ -37,7 +37,7 @@ def audit_artifact(path: Path, environ: Mapping[str, str], device: torch.device)
     run.log.outputs.clear()
     tables, fingerprint = tables_on(device, s)
     tokens = T.validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len).to(device)
-    model = T.load_for_scoring(artifact, path, run, T.choose_attention(device)[1], fingerprint)
+    model = T.load_for_scoring(artifact, path, run, fingerprint)
     T.score_artifact(run, model, tokens, tables)
     return audit.finish()
 

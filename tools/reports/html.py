@@ -104,7 +104,7 @@ def lead(name: str, page: Page) -> str:
     if machine.get("hardware"):
         where = f"{machine.get('processes') or '?'} x {machine['hardware']}"
         versions = f"torch {machine.get('torch')}, Python {machine.get('python')}"
-        facts.append(escape(f"{where}, attention: {machine.get('attention')}, {versions}"))
+        facts.append(escape(f"{where}, {versions}"))
     last = page.events[-1] if page.events else {}
     if last.get("event") in ("error", "stopped"):
         facts.append(f"<span class=bad>{escape(str(last.get('message') or 'stopped by a signal'))}</span>")

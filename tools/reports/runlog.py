@@ -124,7 +124,6 @@ class RunLog:
     source: str  # empty if only the .jsonl is there
     settings: dict[str, str]  # as one writes them in the environment
     hardware: str  # such as "8 x NVIDIA H100 80GB HBM3"
-    attention: str
     torch: str
     python: str
     parameters: int
@@ -453,8 +452,8 @@ def run_of(events: list[Event], source: str, name: str) -> RunLog:
     settings, sha256, code = find("settings", "settings", "settings", "source_sha256", "code_bytes")
     if settings.get("EVAL_ONLY") == "1":
         raise RunError(f"{name}: of a run with EVAL_ONLY=1; give the log of the run that trained the weights")
-    keys = ("processes", "hardware", "attention", "torch", "python")
-    processes, hardware, attention, torch, python = find("line on the machine", "machine", *keys)
+    keys = ("processes", "hardware", "torch", "python")
+    processes, hardware, torch, python = find("line on the machine", "machine", *keys)
     (parameters,) = find("number of parameters", "data", "parameters")
     loss, bpb = find("validation after the last step", "validation", "val_loss", "val_bpb")
     (chosen,) = find("chosen weight average", "chosen", "average")
@@ -471,7 +470,6 @@ def run_of(events: list[Event], source: str, name: str) -> RunLog:
         source=source,
         settings=settings,
         hardware=f"{processes} x {hardware}",
-        attention=attention,
         torch=torch,
         python=python,
         parameters=parameters,

@@ -161,7 +161,7 @@ def shortcomings(runs: list[Run], args: argparse.Namespace) -> list[str]:
 
 def machine(log: RunLog) -> str:
     """Returns hardware and versions in one line."""
-    return f"{log.hardware}, attention: {log.attention}, torch {log.torch}, Python {log.python}"
+    return f"{log.hardware}, torch {log.torch}, Python {log.python}"
 
 
 def validation_tokens(log: RunLog) -> int | None:
@@ -223,7 +223,7 @@ def describe(runs: list[Run], logs: list[str], args: argparse.Namespace) -> dict
         "bytes_total": max(run.log.bytes_total for run in runs),
         "bytes_code": log.bytes_code,
         "hardware": log.hardware,
-        "versions": {"torch": log.torch, "python": log.python, "attention": log.attention},
+        "versions": {"torch": log.torch, "python": log.python},
         "data": args.data
         or f"{Path(log.settings['DATA_PATH']).name}, vocabulary of {log.settings['VOCAB_SIZE']} tokens",
         "settings": {
@@ -292,7 +292,7 @@ def readme_text(s: dict) -> str:
     parts += [
         "## Results",
         table(["seed", *(title for title, _ in columns.values())], rows + statistics_rows, len(columns)),
-        f"On {s['hardware']}, attention: {versions['attention']}, torch {versions['torch']}, "
+        f"On {s['hardware']}, torch {versions['torch']}, "
         f"Python {versions['python']}. Data: {s['data']}.\n`train s` is training with averaging and "
         f"calibration, `eval s` all scoring of the artifact; the limit of each is {SECONDS} s."
         + ("\nThe deviation is the sample's (n - 1)." if several else ""),

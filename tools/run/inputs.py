@@ -6,15 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import train_gpt as T
-from tools.common.shards import STATED
-from tools.data.make_shards import check_spaces
+from tools.common.shards import STATED, count_bytes
 from train_gpt import Hooks, Run, RunError, Settings, together
 
 SAMPLE = 4096  # first tokens, by which copies are found
-PART = 2**22  # tokens whose bytes are counted at once
 
 
 def check_names(folder: str, split: str) -> None:
@@ -39,19 +36,6 @@ def check_copies(shards: list[T.Shard]) -> None:
             raise RunError(f"{other.path} and {shard.path} hold the same tokens; move one away")
 
 
-def count_bytes(shards: list[T.Shard], tables: T.ByteTables) -> int:
-    """Returns the bytes for which a text's tokens count behind its first one."""
-    total, before = 0, None
-    for shard in shards:
-        for low in range(0, len(shard), PART):
-            tokens = torch.from_numpy(shard.read(low, low + PART).astype(np.int64))
-            if before is not None:
-                tokens = torch.cat((before, tokens))
-            total += int(tables.count(tokens[:-1], tokens[1:]).sum())
-            before = tokens[-1:]
-    return total
-
-
 def check_text(s: Settings) -> None:
     """Raises RunError if validation has no text, or other than a fineweb_val.json beside it states."""
     shards, path = T.open_shards(s.data_path, "val"), Path(s.data_path, STATED)
@@ -60,7 +44,7 @@ def check_text(s: Settings) -> None:
         tokenizer.Load(str(s.tokenizer_path))
     if not tokenizer.vocab_size() or any(shard.tokens.max() >= tokenizer.vocab_size() for shard in shards):
         return
-    check_spaces(tokenizer, f"TOKENIZER_PATH={s.tokenizer_path}")
+    T.check_spaces(tokenizer, f"TOKENIZER_PATH={s.tokenizer_path}")
     found = {"tokens": sum(map(len, shards)), "bytes": count_bytes(shards, T.byte_tables(tokenizer))}
     if not found["bytes"]:
         raise RunError("validation shards: no token stands for a byte of text")

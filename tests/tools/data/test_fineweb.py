@@ -14,14 +14,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.commands import fails
 from tests.forked import Process
 from tools.common.cli import ROOT
-from tools.data.fineweb import RunError, choose_shards, choose_tokenizer, main
+from tools.data.fineweb import RunError, choose_shards, choose_tokenizer, main, state_totals
 
 pytestmark = pytest.mark.slow
 
-REPO, COMMIT = "willdepueoai/parameter-golf", "0123456789abcdef0123456789abcdef01234567"
+REPO, COMMIT = "somebody/parameter-golf", "0123456789abcdef0123456789abcdef01234567"
 FOLDER = "datasets/fineweb10B_sp1024"
 TOKENIZER = "tokenizers/fineweb_1024_bpe.model"
 
@@ -50,7 +51,7 @@ class Hub(ThreadingHTTPServer):
                     "tokenizers": [{"name": "bpe", "model_path": TOKENIZER}],
                 }
             ).encode(),
-            TOKENIZER: b"a tokenizer",
+            TOKENIZER: tiny.tokenizer_of(vocab_size=1024),
             "tokenizers/other.model": b"another",
             f"{FOLDER}/fineweb_train_000000.bin": shard(1000),
             f"{FOLDER}/fineweb_train_000001.bin": shard(1001),
@@ -154,7 +155,7 @@ def start(endpoint: str, folder: Path, *options: str) -> Process:
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return Process(["-m", "tools.data.fineweb", *options], folder, env)
+    return Process(["-m", "tools.data.fineweb", "--repo", REPO, *options], folder, env)
 
 
 def fetch(hub: Hub, folder: Path, *options: str) -> str:
@@ -186,7 +187,11 @@ def test_fetches_once_into_the_default_layout_then_adds_shards_and_repairs_damag
     data = tmp_path / "data"
     wanted = [TOKENIZER, *names("val", 2), *names("train", 2)]
     out = fetch(hub, tmp_path, "--train-shards", "2")
-    assert files_in(data) == {name: hub.files[name] for name in wanted}
+    stated = {f"{FOLDER}/fineweb_val.json": (data / FOLDER / "fineweb_val.json").read_bytes()}
+    totals = json.loads(*stated.values())
+    assert totals["tokens"] == 2500 and 5000 < totals["bytes"] < 10_000
+    assert f"2,500 tokens of validation, {totals['bytes'] / 1e6:.2f} MB of text" in out
+    assert files_in(data) == {name: hub.files[name] for name in wanted} | stated
     assert len(hub.downloads()) == 5
     progress = re.findall(r"^\[(\d)/5\] \S+ [\d.]+ MB, [\d.]+ MB/s, \d+ s left$", out, re.M)
     assert progress == ["1", "2", "3", "4", "5"]
@@ -208,7 +213,16 @@ def test_fetches_once_into_the_default_layout_then_adds_shards_and_repairs_damag
         "fineweb_train_000000.bin",
         "fineweb_train_000002.bin",
     ]
-    assert files_in(data) == {name: hub.files[name] for name in [*wanted, names("train", 3)[2]]}
+    assert files_in(data) == {name: hub.files[name] for name in [*wanted, names("train", 3)[2]]} | stated
+
+
+def test_what_is_not_the_challenges_text_is_refused(hub, tmp_path):
+    data = tmp_path / "data"
+    fetch(hub, tmp_path, "--train-shards", "0")
+    known = (data / FOLDER, data / TOKENIZER, "sp1024")
+    assert state_totals(*known, published=False).startswith("2,500 tokens of validation, 0.0")
+    with pytest.raises(RunError, match="FineWeb has 62,021,633 tokens, 151.08 MB: fetch it again"):
+        state_totals(*known, published=True)
 
 
 def test_a_killed_run_leaves_nothing_half_written_and_the_next_one_finishes(hub, tmp_path):
@@ -226,7 +240,9 @@ def test_a_killed_run_leaves_nothing_half_written_and_the_next_one_finishes(hub,
     hub.downloads()
     fetch(hub, tmp_path, "--train-shards", "0")
     assert hub.downloads() == ["fineweb_val_000001.bin", "fineweb_1024_bpe.model"]
-    assert files_in(tmp_path / "data") == {name: hub.files[name] for name in (first, second, TOKENIZER)}
+    found = files_in(tmp_path / "data")
+    assert found.pop(f"{FOLDER}/fineweb_val.json")
+    assert found == {name: hub.files[name] for name in (first, second, TOKENIZER)}
 
 
 def test_a_damaged_published_shard_is_tried_twice_and_never_gets_its_final_name(hub, tmp_path):

@@ -293,7 +293,7 @@ BAD = {
     "has too few weights": ("few.pt", {}, "not the tensors of its settings"),
     "is of another model": ("made.pt", {"NUM_LAYERS": 3}, "NUM_LAYERS=3, but the artifact has 2"),
     "is of another tokenizer": ("made.pt", {"TOKENIZER_PATH": "other.model"}, "another tokenizer"),
-    "lacks its shards": ("made.pt", {"DATA_PATH": "nowhere"}, "nowhere has no fineweb_train_*.bin"),
+    "lacks its shards": ("made.pt", {"DATA_PATH": "nowhere"}, "nowhere has no readable fineweb_train_*.bin"),
     "lacks its tokenizer": ("logs/tiny.bin", {"TOKENIZER_PATH": "nowhere"}, "is no SentencePiece model"),
     "has a mistyped setting": ("made.pt", {"EVAL_SEQ_LENGTH": 3}, "EVAL_SEQ_LENGTH is no setting"),
     "has few tokens": (("made.pt", "--tokens", "63"), {}, "two windows of EVAL_SEQ_LEN=32"),

@@ -37,7 +37,7 @@ CHANGED = {
     "ARTIFACT_PATH": "/a folder/sketch.bin",
 }
 PRINTED = """\
-machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 torch:2.9.1+cu128 \
+machine processes:8 hardware:NVIDIA H100 80GB HBM3 torch:2.9.1+cu128 \
 python:3.12.3 hooks:watch,audit
 data parameters:3327044 validation_tokens:120001 training_tokens:3967231
 warm_up reserve:10337 took:24.2
@@ -121,7 +121,7 @@ def test_each_figure_is_read_from_its_line():
     log = parse_log(make_log(), "sketch")
     assert log.source == SOURCE and log.bytes_code == len(SOURCE.encode())
     assert log.source_sha256 == hashlib.sha256(SOURCE.encode()).hexdigest()
-    assert (log.hardware, log.attention) == ("8 x NVIDIA H100 80GB HBM3", "FlashAttention 3")
+    assert log.hardware == "8 x NVIDIA H100 80GB HBM3"
     assert (log.torch, log.python) == ("2.9.1+cu128", "3.12.3")
     assert (log.parameters, log.steps, log.bytes_total) == (3327044, 40, 2923801)
     assert log.holdout_losses == {"raw": 5.558981, "ema": 5.510468, "swa": 5.597565} and log.chosen == "ema"
@@ -205,7 +205,7 @@ def test_names_and_values_are_an_events_line_too():
     }
     assert (
         any(
-            line == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 attention:FlashAttention 3 "
+            line == "machine processes:8 hardware:NVIDIA H100 80GB HBM3 "
             "torch:2.9.1+cu128 python:3.12.3 hooks:watch,audit"
             for line in written.values()
         )

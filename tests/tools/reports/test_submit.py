@@ -262,9 +262,9 @@ LAST = LOGS[2]
         (lambda: edit(LAST, SEED="42"), "logs/run1337.txt: SEED=42, as in logs/run42.txt"),
         (
             lambda: edit(LAST, "machine", hardware="NVIDIA H200"),
-            "logs/run1337.txt: hardware: 1 x NVIDIA H200, attention: PyTorch",
+            "logs/run1337.txt: hardware: 1 x NVIDIA H200, torch",
         ),
-        (lambda: edit(LAST, "machine", torch="2.9.0"), "attention: PyTorch, torch 2.9.0, Python"),
+        (lambda: edit(LAST, "machine", torch="2.9.0"), ", torch 2.9.0, Python"),
         (
             lambda: edit(LAST, "data", validation_tokens=9),
             "logs/run1337.txt: validation tokens: 9, but 1500 in logs/run7.txt",

@@ -37,7 +37,7 @@ MODES = {
     "windows, Muon": WINDOWS,
     "windows, SGD": WINDOWS | dict(TTT_MUON=0),
     "stream, Muon": STREAM,
-    "stream, SGD": STREAM | dict(TTT_MUON=0, TTT_FREEZE_BLOCKS=1),
+    "stream, SGD": STREAM | dict(TTT_MUON=0),
 }
 
 
@@ -252,7 +252,6 @@ class Trial:
             TTT_GRAD_CLIP=choose.choice([0, 1]),
             TTT_LR=choose.choice([0.002, 0.02]),
             TTT_ENTROPY_ADAPT=choose.randrange(2),
-            TTT_FREEZE_BLOCKS=choose.randrange(3),
         )
 
     def prepare(self):

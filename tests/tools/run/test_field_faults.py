@@ -14,7 +14,7 @@ import pytest
 import train_gpt as T
 from tests import tiny
 from tests.tools.run.ranks import start
-from tools.run import inputs
+from tools.common import shards as common_shards
 from tools.run.own import keep_old_files
 from tools.run.watch import Watch
 
@@ -65,8 +65,14 @@ def test_text_of_boundaries_only_is_refused(folder):
     assert "no token stands for a byte of text" in error_of(folder)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_shard_without_tokens_is_named(folder, split):
+    tiny.write_shard(folder / f"data/fineweb_{split}_000000.bin", np.ones(0))
+    assert f"data/fineweb_{split}_000000.bin: holds no tokens" in error_of(folder)
+
+
 def test_bytes_are_counted_across_shards_and_parts(folder, monkeypatch):
-    monkeypatch.setattr(inputs, "PART", 7)
+    monkeypatch.setattr(common_shards, "PART", 7)
     tokenizer, _ = T.load_tokenizer(str(folder / "tokenizer.model"), tiny.VOCAB_SIZE)
     tokens = T.Shard(folder / "data/fineweb_val_000000.bin").read()[:101]
     for i, (low, high) in enumerate(((0, 40), (40, 101))):
@@ -74,7 +80,7 @@ def test_bytes_are_counted_across_shards_and_parts(folder, monkeypatch):
     shards = T.open_shards(str(folder / "data"), "val")
     documents = np.split(tokens, np.flatnonzero(tokens == 1))
     expected = sum(len(tokenizer.decode(part[1:].tolist()).encode()) for part in documents if len(part))
-    assert inputs.count_bytes(shards, T.byte_tables(tokenizer)) == expected > 50
+    assert common_shards.count_bytes(shards, T.byte_tables(tokenizer)) == expected > 50
 
 
 def test_stated_tokens_and_bytes_are_checked(folder):
@@ -265,3 +271,32 @@ def test_a_pause_of_all_processes_ends_no_run(folder):
     for process in ranks:
         process.kill()
         process.communicate(60)
+
+
+# What is around a run
+
+
+def test_a_package_named_tools_elsewhere_does_not_take_ours_away(folder):
+    """Not even if it is first on the path, or imported already."""
+    (folder / "tools").mkdir()
+    (folder / "tools/__init__.py").write_text("raise SystemExit('not ours')\n")
+    begin = f"import sys, runpy; sys.argv = [{str(tiny.SCRIPT)!r}]\n"
+    environ = tiny.environment(dict(AUDIT=1, PYTHONPATH=folder, PYTHONSAFEPATH=1))
+    for already in ("", "import types; sys.modules['tools'] = types.ModuleType('tools')\n"):
+        code = begin + already + "runpy.run_path(sys.argv[0], run_name='__main__')"
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, text=True, timeout=120
+        )
+        assert (found.returncode, found.stderr) == (0, "") and "hooks:inputs,ownership" in found.stdout
+        assert json.loads((folder / "logs/tiny.audit.json").read_text())["violations"] == []
+
+
+def test_a_reader_of_the_console_may_go_away(folder):
+    """As `head -n 1` does: the log file is whole."""
+    command, environ = [sys.executable, str(tiny.SCRIPT)], tiny.environment({})
+    options = dict(cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(120) == 0
+    assert "legal_ttt_exact val_loss" in (folder / "logs/tiny.txt").read_text().splitlines()[-1]
