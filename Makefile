@@ -55,6 +55,7 @@ coverage: .venv/ready-tools
 
 soak: .venv/ready-tools
 	TRIALS=60 $(BIN)/python -m pytest -v --no-header tests/tools/run/test_checkpoint.py -k random | tee logs/soak.txt
+	TRIALS=40 $(BIN)/python -m pytest -v --no-header tests/tools/run/test_audit.py -k shapes | tee logs/audit_shapes.txt
 
 docs: .venv/ready-tools
 	$(BIN)/python -m tools.reports.docs

@@ -154,7 +154,9 @@ class Settings:
     swa_every: int = setting(50, "steps between samples of the plain average", low=1)
     late_qat: bool = setting(True, "train with rounded banks near the end")
     late_qat_threshold: float = setting(0.15, "share of the warm-down left when rounding starts")
-    matrix_step: float = setting(1.0, "least knob; 1: steps as fine as the record's", low=0.25, high=1000)
+    matrix_step: float = setting(
+        1.0, "least knob; 1: about as fine as the record's int6", low=0.25, high=1000
+    )
 
     eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2)
     eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
@@ -1213,8 +1215,7 @@ class Averages(Stateful):
 
 # ======== Quantization ========
 
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # the record's
-RECORD_LIMIT = 31  # the record's largest integer: int6
+RMS_STEPS = 12  # in a row's rms at knob 1, on the whole: about as fine as the record's int6
 TINY = 2.0**-24  # the least fp16 above zero
 MOST = 4095  # the largest integer of a weight
 REACH = 900  # steps in a row's largest weight, at most, before the knob
@@ -1231,16 +1232,6 @@ def round_to(w: Tensor, step: Tensor, limit: int) -> Tensor:
 def rounded_for_training(bank: Tensor, step: Tensor) -> Tensor:
     """Returns the bank on its grid; the gradient passes straight through."""
     return (round_to(bank, step, MOST) * step).detach() + (bank - bank.detach())
-
-
-def clip_steps(
-    w: Tensor, quantiles: Sequence[float], limit: int, floor: float = TINY, dtype: torch.dtype = torch.half
-) -> Tensor:
-    """Returns the record's steps (rows, 1) of w (rows, columns): the quantile of |w| of least error."""
-    clips = torch.quantile(w.abs(), w.new_tensor(quantiles), dim=1, keepdim=True)  # (quantiles, rows, 1)
-    steps = [(clip / limit).clamp_min(floor).to(dtype).float() for clip in clips]
-    errors = [(round_to(w, step, limit) * step - w).square().mean().item() for step in steps]
-    return steps[errors.index(min(errors))]
 
 
 class Calibration(NamedTuple):
@@ -1284,15 +1275,15 @@ def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS)
 def base_steps(model: GPT, fisher: Named) -> Steps:
     """Returns each row's step before the knob, as 1 / sqrt(Fisher information), so all rounding costs alike.
 
-    At most 8 times off a weight's typical step; the banks' geometric mean is the record's.
+    At most 8 times off a weight's typical step; the banks' geometric mean is of their rows' rms / RMS_STEPS.
     """
     weights, steps, octaves = model.quantized(), {}, 0
     for name, information in fisher.items():
         mean = information.mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
         steps[name] = information.clamp(mean / 64, mean * 64).rsqrt()
     for name in model.BANKS:
-        record = torch.cat([clip_steps(m, CLIP_QUANTILES, RECORD_LIMIT) for m in weights[name]])
-        octaves += (record.log2().mean() - steps[name].log2().mean()) * weights[name].numel()
+        fine = weights[name].square().mean(dim=-1).clamp_min(TINY**2).sqrt() / RMS_STEPS
+        octaves += (fine.log2().mean() - steps[name].log2().mean()) * weights[name].numel()
     ratio = (octaves / sum(map(torch.numel, model.banks()))).exp2()
     return {
         name: (steps[name] * ratio).maximum(w.abs().amax(-1, keepdim=True) / REACH)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import train_gpt as T
 from tests.helpers import made_up_tokens, random_batch, random_model, settings
+from tools.measure import quant_report as Q
 from tools.measure.quant_report import record_quantize, record_steps
 
 SETTINGS = dict(TRAIN_SEQ_LEN=16)
@@ -48,14 +49,14 @@ def test_int6_takes_the_clip_quantile_of_least_error_for_each_matrix():
             errors.append(((q * options[-1] - matrix) ** 2).mean().item())
         best = errors.index(min(errors))
         chosen.add(best)
-        assert torch.equal(T.clip_steps(matrix, T.CLIP_QUANTILES, 31), options[best])
+        assert torch.equal(Q.clip_steps(matrix, Q.CLIP_QUANTILES, 31), options[best])
     assert len(chosen) > 1
 
 
 def test_the_first_of_equal_clip_quantiles_wins():
     matrix = torch.tensor([[0, 31, 31 * (1 + 2**-10)]])  # either clip moves one entry by 31 / 1024
     for quantiles, step in (((0.5, 1.0), 1), ((1.0, 0.5), 1 + 2**-10)):
-        assert T.clip_steps(matrix, quantiles, 31).item() == step
+        assert Q.clip_steps(matrix, quantiles, 31).item() == step
 
 
 # Calibration
@@ -122,14 +123,18 @@ def test_a_weight_error_raises_the_loss_by_half_its_square_times_the_fisher_info
 # Steps
 
 
-def test_gptq_steps_are_as_fine_as_the_records_and_worth_the_same(model, calibrated):
+def test_gptq_steps_are_a_twelfth_of_a_rows_rms_and_worth_the_same(model, calibrated):
+    """On the whole; which is about as fine as the record's."""
     fisher = calibrated.fisher
     record, steps = record_steps(model), T.base_steps(model, fisher)
-    octaves = [
-        sum(found[name].log2().mean().item() * getattr(model, name).numel() for name in model.BANKS)
-        for found in (record, steps)
-    ]
-    assert octaves[0] == pytest.approx(octaves[1], rel=1e-5)
+    rms = {name: getattr(model, name).square().mean(-1, keepdim=True).sqrt() for name in model.BANKS}
+    sizes = {name: getattr(model, name).numel() for name in rms}
+    of_rms, of_record = (
+        sum((steps[name].log2() - found[name].log2()).mean().item() * size for name, size in sizes.items())
+        / sum(sizes.values())
+        for found in (rms, record)
+    )
+    assert 2**-of_rms == pytest.approx(12, rel=1e-4) and abs(of_record) < 0.7
     for name, step in steps.items():
         worth = step**2 * fisher[name]
         inside = (fisher[name] / fisher[name].mean((-2, -1), keepdim=True)).log2().abs() < 6

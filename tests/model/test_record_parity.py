@@ -11,6 +11,7 @@ import torch
 
 import train_gpt as T
 from tests.helpers import score_first_ttt
+from tools.measure import quant_report as Q
 
 DATA = np.load(os.environ.get("RECORD_PARITY_NPZ") or Path(__file__).with_name("record_parity.npz"))
 CONFIG = json.loads(str(DATA["config"]))
@@ -154,7 +155,7 @@ def assert_integers_match(q, reference):
 
 def test_int6_quantizer_with_the_records_floor():
     w = tensor("q6_in")
-    scale = T.clip_steps(w, T.CLIP_QUANTILES, 31, floor=1 / 31)
+    scale = Q.clip_steps(w, Q.CLIP_QUANTILES, 31, floor=1 / 31)
     assert torch.equal(scale[:, 0].half(), tensor("q6_scale"))
     assert_integers_match(T.round_to(w, scale, 31), tensor("q6_q"))
 
@@ -162,6 +163,6 @@ def test_int6_quantizer_with_the_records_floor():
 def test_int8_quantizer():
     """The record rounds these with the fp32 scale; the program rounds them, too, with the one it stores."""
     w = tensor("q6_in")
-    scale = T.clip_steps(w, [0.9999984], 127, floor=1 / 127, dtype=torch.float)
+    scale = Q.clip_steps(w, [0.9999984], 127, floor=1 / 127, dtype=torch.float)
     assert torch.equal(scale[:, 0].half(), tensor("q8_scale").flatten())
     assert_integers_match(T.round_to(w, scale, 127), tensor("q8_q"))

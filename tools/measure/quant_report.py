@@ -42,6 +42,7 @@ Tensors = dict[str, Tensor]
 Row = dict[str, Any]
 TOLERANCE = 0.002  # of the bytes asked for
 TRIES = 16  # of rounding, to find them
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of the record's int6
 METHODS = {
     "rtn+lzma": ("#000000", "s", "--"),
     "rtn+ans": ("#E69F00", "^", "-."),
@@ -80,10 +81,10 @@ CURVE_COLUMNS = {
 CURVE_HELP = """\
 
 unrounded: loss %.6f nats per token, %.6f bpb, on %d tokens
-knob: times the record's steps (gptq+ans: times steps of that mean); loss, gap above the unrounded weights,
-its standard error and KL divergence from their predictions: nats per token; gap_bpb: bits per byte; ratios:
-to rtn+lzma at as many bytes; saved: share of rtn+lzma's bytes that gptq+ans saves where it loses as much; -:
-lost in noise, or never as much
+knob: times the record's steps (gptq+ans: times 12 steps in a row's rms); loss, gap above the unrounded
+weights, its standard error and KL divergence from their predictions: nats per token; gap_bpb: bits per
+byte; ratios: to rtn+lzma at as many bytes; saved: share of rtn+lzma's bytes that gptq+ans saves where it
+loses as much; -: lost in noise, or never as much
 """
 
 
@@ -249,6 +250,16 @@ class Meter:
         }
 
 
+def clip_steps(
+    w: Tensor, quantiles: Sequence[float], limit: int, floor: float = T.TINY, dtype: torch.dtype = torch.half
+) -> Tensor:
+    """Returns the record's steps (rows, 1) of w (rows, columns): the quantile of |w| of least error."""
+    clips = torch.quantile(w.abs(), w.new_tensor(quantiles), dim=1, keepdim=True)  # (quantiles, rows, 1)
+    steps = [(clip / limit).clamp_min(floor).to(dtype).float() for clip in clips]
+    errors = [(T.round_to(w, step, limit) * step - w).square().mean().item() for step in steps]
+    return steps[errors.index(min(errors))]
+
+
 def record_limit(name: str) -> int:
     """Returns the largest integer of the record: int6 in the banks, int8 in the other matrices."""
     return 31 if name in T.GPT.BANKS else 127
@@ -259,9 +270,9 @@ def record_steps(model: T.GPT) -> T.Steps:
     """Returns the record's steps, (..., rows, 1): a clip of each row over the limit."""
     steps = {}
     for name, w in model.quantized().items():
-        quantiles = T.CLIP_QUANTILES if name in model.BANKS else [0.9999984]
+        quantiles = CLIP_QUANTILES if name in model.BANKS else [0.9999984]
         matrices = w.view(-1, *w.shape[-2:])
-        clipped = [T.clip_steps(m, quantiles, record_limit(name)) for m in matrices]
+        clipped = [clip_steps(m, quantiles, record_limit(name)) for m in matrices]
         steps[name] = torch.cat(clipped).view_as(w[..., :1])
     return steps
 

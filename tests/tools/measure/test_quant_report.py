@@ -79,11 +79,11 @@ def test_rounding_to_the_nearest_stores_the_records_integers_or_wider_int6_steps
     assert {"qo_bank", "down_bank", "tok_emb", "ve_table"} <= weights.keys()
     for name, w in weights.items():
         quantiles, limit, wider = (
-            (T.CLIP_QUANTILES, 31, knob) if name in model.BANKS else ([0.9999984], 127, 1)
+            (Q.CLIP_QUANTILES, 31, knob) if name in model.BANKS else ([0.9999984], 127, 1)
         )
         assert stored[name].dtype == torch.int16 and (knob > 1 or stored[name].abs().max() == limit)
         for j, matrix in enumerate(w.detach().view(-1, *w.shape[-2:])):
-            step = (wider * T.clip_steps(matrix, quantiles, limit)).half()
+            step = (wider * Q.clip_steps(matrix, quantiles, limit)).half()
             expected = (matrix / step.float()).round().clamp(-limit, limit)
             assert torch.equal(stored[name].view(-1, *w.shape[-2:])[j].float(), expected)
             assert torch.equal(stored[name + ".scale"].view(-1, w.size(-2), 1)[j], step)

@@ -286,6 +286,21 @@ def test_random_shapes_keep_the_rules(tmp_path, world):
         assert named == []
 
 
+@pytest.mark.skipif(TRIALS < 40, reason="minutes: make soak")
+@pytest.mark.parametrize("run_of", [T.Run, HalfPrecision], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", [WINDOWS, STREAM], ids=["windows", "stream"])
+def test_the_records_shapes_keep_the_rules(tmp_path, mode, run_of):
+    """Windows of 2,048, a stride of 64, chunks of 32,768; of 2,048 in a stream."""
+    trial = Trial(tmp_path, seed=0)
+    trial.count, trial.run_of, trial.cwd = 40_000, run_of, tmp_path
+    names = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_WINDOW", "TRAIN_SEQ_LEN")
+    shapes = {name: T.FIELDS[name].default for name in names}
+    chunk = T.FIELDS["TTT_CHUNK_TOKENS"].default if mode is WINDOWS else T.BEST["ttt_chunk_tokens"]
+    trial.settings |= mode | shapes | dict(TTT_ENABLED=1, TTT_CHUNK_TOKENS=chunk, TRAIN_BATCH_TOKENS=16384)
+    trial.prepare()
+    assert trial.violations() == []
+
+
 def violations_of(trials):
     return [trial.violations() for trial in trials]
 
