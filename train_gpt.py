@@ -1476,7 +1476,7 @@ def pack_artifact(s: Settings, fingerprint: str, stored: Named) -> bytes:
     contexts = torch.cat([rows[name].flatten().repeat_interleave(n) for name, n in columns.items()])
     symbols = torch.cat([(q + MOST).flatten() for q in integers.values()])
     settings = {name: show(getattr(s, name)) for name in KEPT}
-    known = {"tokenizer": fingerprint, "settings": settings, "fixed": FIXED, "columns": columns}
+    known = {"tokenizer": fingerprint, "settings": settings, "columns": columns}
     header = json.dumps(known).encode()
     arrays = {"header": np.frombuffer(header, np.uint8), "frequency": np.uint16(frequency)}
     file = io.BytesIO()
@@ -1494,7 +1494,6 @@ class Artifact(NamedTuple):
     fingerprint: str  # SHA-256 of its tokenizer
     settings: dict[str, Any]
     stored: dict[str, Tensor]  # as quantize() returned it
-    unknown: Sequence[str] = ()  # settings for scoring that this program lacks
 
 
 def side_bytes(data: bytes) -> int:
@@ -1511,11 +1510,9 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
         arrays = dict(np.load(io.BytesIO(lzma.decompress(data[SIDE_START:end]))))
         header = json.loads(bytes(arrays.pop("header")))
         texts, columns = header["settings"], header["columns"]
-        other = [name for name in texts if name not in KEPT]  # of another version of this program
-        unknown = [name for name in other if texts[name] != RETIRED.get(name.upper())]
-        strange = set(unknown) & set(header.get("fixed", ())) | set(FIXED) - set(texts)
-        if strange:
-            raise ValueError(f"its model has other settings: {' '.join(sorted(strange)).upper()}")
+        strange = {name for name in texts if name not in KEPT and texts[name] != RETIRED.get(name.upper())}
+        if strange := strange | set(FIXED) - set(texts):
+            raise ValueError(f"settings of another version: {' '.join(sorted(strange)).upper()}")
         settings = {name: parse_value(name.upper(), str(texts[name])) for name in texts if name in KEPT}
         contexts = {name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in columns.items()}
         flat = np.concatenate([context.ravel() for context in contexts.values()])
@@ -1524,7 +1521,7 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
             arrays[name] = symbols[position : position + context.size].reshape(context.shape)
             position += context.size
         stored = {name: torch.from_numpy(a) for name, a in arrays.items()}
-        return Artifact(header["tokenizer"], settings, stored, unknown)
+        return Artifact(header["tokenizer"], settings, stored)
     except Exception as e:
         raise RunError(f"artifact {path}: not of this version's format ({e})") from None
 
@@ -1929,6 +1926,7 @@ def report_stage(run: Run, name: str, score: Score, seconds: float) -> None:
 
 # ======== Training ========
 
+WARM_UP_TOKENS = 16384  # least held-out ones that a CPU reads in warm-up
 TIMES = "train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms"
 
 
@@ -1939,7 +1937,7 @@ class Trainer(Stateful):
 
     def __init__(self, run: Run):
         s, self.run_of, self.device = run.settings, run, run.device
-        self.s, shards, batch = s, open_shards(s.data_path, "train"), s.val_batch_size // SPANS
+        self.s, shards = s, open_shards(s.data_path, "train")
         self.shards, holdout = split_holdout(shards, s.holdout_tokens, s.train_seq_len)
         self.shard_lengths = [len(shard) for shard in self.shards]
         self.loader = partial(span_loader, self.shards, s.train_batch_tokens // SPANS, s.vocab_size)
@@ -1949,7 +1947,6 @@ class Trainer(Stateful):
         self.weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, s)
         self.averages = Averages(self.weights, s)
-        self.holdout = Scorer(self.model, self.holdout_tokens, None, s.train_seq_len, batch, run.hooks)
         self.base: Steps | None = None  # before the knob, once rounding has begun
         self.steps, self.knob = None, s.matrix_step
         self.done, self.elapsed = 0, 0.0  # steps, seconds so far
@@ -1962,13 +1959,17 @@ class Trainer(Stateful):
         super().load_state_dict(state)
         self.steps = None if self.base is None else scaled(self.base, self.knob)
 
-    def holdout_loss(self) -> float:
-        """Returns the held-out tokens' mean loss, in nats."""
-        return self.holdout.score_windows(self.s.train_seq_len).val_loss
+    def holdout_loss(self, part: int | None = None) -> float:
+        """Returns the mean loss of held-out tokens, all or the first `part`, in nats."""
+        s, tokens = self.s, self.holdout_tokens[:part]
+        scorer = Scorer(
+            self.model, tokens, None, s.train_seq_len, s.val_batch_size // SPANS, self.run_of.hooks
+        )
+        return scorer.score_windows(s.train_seq_len).val_loss
 
-    def calibrate(self) -> Calibration:
-        """Returns calibrate() of the held-out tokens."""
-        return calibrate(self.model, self.holdout_tokens, self.s.train_seq_len, self.run_of.hooks)
+    def calibrate(self, part: int | None = None) -> Calibration:
+        """Returns calibrate() of held-out tokens, all or the first `part`."""
+        return calibrate(self.model, self.holdout_tokens[:part], self.s.train_seq_len, self.run_of.hooks)
 
     def train_step(self, spans: Tensor, multiplier: float, momentum: float) -> Tensor:
         """Learn from spans (SPANS / W, span + 1); return this rank's part of the loss, norm: (2,)."""
@@ -1976,10 +1977,16 @@ class Trainer(Stateful):
         rows = max(1, (s.micro_batch_tokens or s.train_batch_tokens // SPANS) // s.train_seq_len)
         inputs, targets = (t.reshape(-1, s.train_seq_len).split(rows) for t in (spans[:, :-1], spans[:, 1:]))
         matrices, context, loss = self.model.matrices(self.steps), self.model.context(s.train_seq_len), 0
+        leaves = Matrices(*(m.detach().requires_grad_() for m in matrices))  # whose gradients are cast once
+        sums = [torch.zeros_like(m, dtype=torch.float32) for m in matrices]
         for x, y in zip(inputs, targets, strict=True):
-            part = self.model(x, y, matrices, context).sum() / s.train_batch_tokens
+            part = self.model(x, y, leaves, context).sum() / s.train_batch_tokens
             part.backward()
             loss += part.detach()
+            for leaf, total in zip(leaves, sums, strict=True):
+                total += leaf.grad
+                leaf.grad = None
+        torch.autograd.backward(matrices, [t.to(m.dtype) for t, m in zip(sums, matrices, strict=True)])
         return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
 
     def fix_steps(self, fisher: Named, limit: int) -> None:
@@ -1994,21 +2001,28 @@ class Trainer(Stateful):
 
     def warm_up(self) -> float:
         """Compile by steps that leave no trace; return the seconds to keep for the end."""
-        s, hooks, clock, before, reserve = self.s, self.run_of.hooks, Clock(), copies(self.weights), 0.0
+        s, log, clock, before, reserve = self.s, self.run_of.log, Clock(), copies(self.weights), 0.0
+        part = number = len(self.holdout_tokens) - 1
+        if self.device.type == "cpu":  # compiles nothing: a part shows how fast all are read
+            part = min(number, max(number // 16, WARM_UP_TOKENS) // s.train_seq_len * s.train_seq_len)
         with self.loader() as spans:
             for i in range(s.warmup_steps):
-                report_progress(hooks, "warm-up", i / s.warmup_steps)
+                report_progress(self.run_of.hooks, "warm-up", i / s.warmup_steps)
+                step = Clock()
                 self.train_step(together(spans.__next__), 1.0, s.muon_momentum)
+                if i == 1:  # the first is slower; what reads the part costs 2.7 times learning from it
+                    more = s.warmup_steps - 2 + 2.7 * part / s.train_batch_tokens
+                    log.event("warming_up", left=1000 * more * step.seconds())
         copy_weights(self.weights, before)
         self.optimizers = Optimizers(self.model, s)
         passes = 2 + s.ema_enabled + s.swa_enabled  # of each candidate, and one to spare
         for action, times in ((self.holdout_loss, passes), (self.calibrate, 1.5)):
-            action()  # the first time is slower
+            action(part + 1)  # the first time is slower
             again = Clock()
-            action()
-            reserve += times * again.seconds()
+            action(part + 1)
+            reserve += times * number / part * again.seconds()
         reserve = from_rank0(reserve)
-        self.run_of.log.event("warm_up", reserve=1000 * reserve, took=clock.seconds())
+        log.event("warm_up", reserve=1000 * reserve, took=clock.seconds())
         return reserve
 
     def run(self, validate: Callable[[], Score], limit: int) -> Calibration:
@@ -2224,10 +2238,6 @@ def execute(run: Run) -> None:
         train_and_export(run, trainer, text, tables, fingerprint, limit)
         del trainer
         data, artifact = read_artifact(run)
-    if artifact.unknown:
-        run.log.event(
-            "warning", f"warning: the artifact's settings {artifact.unknown} are unknown and not used"
-        )
     total, own = len(data) + len(source), {"artifact_bytes": len(data), "side_bytes": side_bytes(data)}
     run.log.event("size", f"Total submission size int+rans: {total} bytes", total=total, **own)
     model = load_for_scoring(artifact, run.artifact_path, run, fingerprint)

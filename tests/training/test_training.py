@@ -1,6 +1,7 @@
 """Training: warm-up, clock, schedules, averages, late QAT, optimizers, switches and initial weights."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from tests.helpers import (
     round_trip,
     settings,
     snapshot,
+    start_qat,
     trainer_of,
     write_shards,
 )
@@ -62,13 +64,13 @@ class SlowTrainer(Trainer):
         self.now += self.seconds["step"]
         return super().train_step(*args)
 
-    def holdout_loss(self):
+    def holdout_loss(self, part=None):
         self.now += self.seconds["holdout"]
-        return super().holdout_loss()
+        return super().holdout_loss(part)
 
-    def calibrate(self):
+    def calibrate(self, part=None):
         self.now += self.seconds["calibration"]
-        return super().calibrate()
+        return super().calibrate(part)
 
 
 @pytest.mark.slow
@@ -242,9 +244,9 @@ def test_the_average_with_the_least_holdout_loss_is_exported(folder):
 def test_holdout_is_not_trained_on(folder):
     trainer = trainer_of(folder, HOLDOUT_TOKENS=200)
     tokens = T.read_stream(T.open_shards(folder, "train"), 0, 7000).tolist()
-    length = len(trainer.holdout.tokens)
-    assert length == 200 // 16 * 16 + 1 and trainer.holdout.targets == length - 1  # whole sequences
-    assert trainer.holdout.tokens.tolist() == tokens[-length:]
+    length = len(trainer.holdout_tokens)
+    assert length == 200 // 16 * 16 + 1  # whole sequences
+    assert trainer.holdout_tokens.tolist() == tokens[-length:]
     assert sum(map(len, trainer.shards)) == 7000 - length
     assert T.read_stream(trainer.shards, 0, 14000).tolist() == (tokens[:-length] * 3)[:14000]
 
@@ -292,12 +294,56 @@ def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step):
     "extra, passes", [({}, 4), (dict(EMA_ENABLED=0), 3), (dict(EMA_ENABLED=0, SWA_ENABLED=0), 2)]
 )
 def test_the_time_that_is_kept_is_that_of_the_candidates(folder, monkeypatch, extra, passes):
-    """A pass over the held-out text for each, one to spare, and one and a half calibrations."""
-    trainer, now = trainer_of(folder, WARMUP_STEPS=0, **extra), [0.0]
+    """A pass over the held-out text for each, one to spare, and one and a half calibrations; as measured on a
+    part of the text if it is long, for a CPU."""
+    trainer, now, read = trainer_of(folder, WARMUP_STEPS=0, HOLDOUT_TOKENS=640, **extra), [0.0], []
+
+    def pass_over(part, seconds):
+        read.append(part - 1)
+        now[0] += seconds * (part - 1)
+
     monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    trainer.holdout_loss = lambda: now.__setitem__(0, now[0] + 10)
-    trainer.calibrate = lambda: now.__setitem__(0, now[0] + 1000)
-    assert trainer.warm_up() == passes * 10 + 1500
+    trainer.holdout_loss, trainer.calibrate = partial(pass_over, seconds=1), partial(pass_over, seconds=100)
+    assert trainer.warm_up() == 640 * (passes + 150) and set(read) == {640}
+    monkeypatch.setattr(T, "WARM_UP_TOKENS", 50)
+    read.clear()
+    assert trainer.warm_up() == pytest.approx(640 * (passes + 150)) and set(read) == {48}
+
+
+def test_a_part_of_the_held_out_tokens_is_its_beginning(folder):
+    trainer, first = (trainer_of(folder, HOLDOUT_TOKENS=640) for _ in range(2))
+    first.holdout_tokens = first.holdout_tokens[:97]
+    assert trainer.holdout_loss(97) == first.holdout_loss() != trainer.holdout_loss()
+    found, whole = trainer.calibrate(97), first.calibrate()
+    assert all(torch.equal(found.moments[name], m) for name, m in whole.moments.items())
+
+
+def test_warm_up_says_what_it_will_take(folder, monkeypatch):
+    """After the second step, as if each step and each pass over as many tokens took as long."""
+    trainer = trainer_of(folder, SlowTrainer, Events(), WARMUP_STEPS=5)
+    monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: trainer.now))
+    trainer.seconds = dict(step=2, holdout=0, calibration=0)
+    trainer.warm_up()
+    held_out = len(trainer.holdout_tokens) - 1
+    assert trainer.run_of.hooks.of("warming_up", "left") == [2000 * (3 + 2.7 * held_out / 256)]
+
+
+def test_a_steps_gradients_are_those_of_all_micro_batches_at_once(folder):
+    """The cast matrices are leaves: gradients are added up there and go through the cast once."""
+    trainer = trainer_of(folder, MICRO_BATCH_TOKENS=64, TRAIN_BATCH_TOKENS=512)
+    start_qat(trainer)
+    with trainer.loader() as spans:
+        spans = next(spans)
+    found, whole = {}, trainer.model
+    trainer.optimizers.step = lambda *_: (
+        found.update({name: p.grad.clone() for name, p in whole.named_parameters()}) or torch.tensor(0.0)
+    )
+    trainer.train_step(spans, 1.0, 0.9)
+    whole.zero_grad()
+    x, y = spans[:, :-1].reshape(-1, 16).long(), spans[:, 1:].reshape(-1, 16).long()
+    (whole(x, y, whole.matrices(trainer.steps)).sum() / 512).backward()
+    for name, p in whole.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_state_is_of_the_shards_it_was_made_with(folder):

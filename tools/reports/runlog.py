@@ -66,8 +66,8 @@ NUMBERS = {
 
 NAMES = "|".join(sorted(TEXTS | NUMBERS))
 PLAIN = re.compile(
-    rf"(machine|data|warm_up|swa|late_qat|average|chosen|trained|quantized|compiled|progress|checkpoint|resumed|"
-    rf"audit|error)((?: (?:{NAMES}):.*)+)"
+    rf"(machine|data|warming_up|warm_up|swa|late_qat|average|chosen|trained|quantized|compiled|progress|"
+    rf"checkpoint|resumed|audit|error)((?: (?:{NAMES}):.*)+)"
 )  # an event's name, then name:value of its values
 N = r"(\d+(?:\.\d+)?)"
 EXACT = r"(\d+\.\d{8,})"  # fewer digits: the line is cut

@@ -40,6 +40,7 @@ PRINTED = """\
 machine processes:8 hardware:NVIDIA H100 80GB HBM3 torch:2.9.1+cu128 \
 python:3.12.3 hooks:watch,audit
 data parameters:3327044 validation_tokens:120001 training_tokens:3967231
+warming_up left:17300
 warm_up reserve:10337 took:24.2
 step:0/20000 val_loss:6.9310 val_bpb:3.8816 train_time:0ms step_avg:0.00ms
 step:10/20000 train_loss:6.8938 train_time:7661ms step_avg:766.09ms tokens/s:5347 memory:687MiB left:24s
@@ -209,7 +210,7 @@ def test_names_and_values_are_an_events_line_too():
             "torch:2.9.1+cu128 python:3.12.3 hooks:watch,audit"
             for line in written.values()
         )
-        and len(written) == 12
+        and len(written) == 13
     )
     assert events_of_text("\n".join(written.values())) == [json.loads(event) for event in written]
     assert events_of_text(
