@@ -5,14 +5,14 @@ BIN := .venv/bin
 
 .PHONY: help demo lint test test-fast coverage soak docs clean
 help:
-	@echo "make demo    train, quantize and score a small model on this machine's CPU, in about four minutes"
-	@echo "make lint    check form, names, types and docstrings"
-	@echo "make test    run the tests, in a few minutes"
+	@echo "make demo       train, quantize and score a small model on this machine's CPU, in about four minutes"
+	@echo "make lint       check form, names, types and docstrings"
+	@echo "make test       run the tests, in a few minutes"
 	@echo "make test-fast  run those that need less than 40 seconds together"
-	@echo "make coverage  run the tests and say which lines of train_gpt.py they ran"
-	@echo "make soak    kill and resume sixty runs at random moments, in about ten minutes"
-	@echo "make docs    renew the generated parts of README.md and docs/"
-	@echo "make clean   remove .venv and the demo data"
+	@echo "make coverage   run the tests and say which lines of train_gpt.py they ran"
+	@echo "make soak       kill and resume sixty runs, audit forty honest ones, in about half an hour"
+	@echo "make docs       renew the generated parts of README.md and docs/"
+	@echo "make clean      remove .venv and the demo data"
 
 .venv/ready: requirements.txt
 	@echo "== making .venv and installing requirements.txt (PyTorch is large: minutes on a slow connection)"
