@@ -18,7 +18,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +43,7 @@ class Size:
     tokens: dict[str, int]  # of text, by split
     steps: int  # that tools.measure.bench times
     span: int  # tokens of an eighth of a training step
-    kernels: tuple[str, ...]  # of attention, beside train_gpt.py's choice
+    kernels: tuple[str, ...]  # of attention; none: PyTorch's choice
     device: str
     settings: Settings = field(default_factory=dict)
 
@@ -162,18 +161,19 @@ def bring_up(checks: Checks) -> list[Command]:
 
 
 def training_step(checks: Checks) -> list[Command]:
-    """Returns profiles of a step by each attention kernel, one and two spans at a time."""
-    kernels = list(checks.size.kernels)
-    if not kernels or find_spec("flash_attn_interface"):
-        kernels.insert(0, "")  # train_gpt.py's choice, which else is among them
+    """Returns profiles of a step by each attention kernel, one and two spans at a time.
+
+    The last is without Inductor's mix-order reduction, some of whose kernels spill registers.
+    """
     commands = []
-    for kernel in kernels:
+    for kernel in checks.size.kernels or ("",):  # "": PyTorch's choice
         for spans in (1, 2):
             profile = checks.file(f"step_{kernel or 'default'}_{spans}", "json.gz")
             chosen = ("--attention", kernel) if kernel else ()
             words = ("train", *chosen, "--profile", str(profile))
             commands.append(bench(checks, "step", words, {"MICRO_BATCH_TOKENS": spans * checks.size.span}))
-    return commands
+    plain = {"MICRO_BATCH_TOKENS": checks.size.span, "TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0}
+    return [*commands, bench(checks, "step", ("train",), plain)]
 
 
 def scoring(checks: Checks) -> list[Command]:

@@ -70,10 +70,12 @@ def test_a_step_is_profiled_with_one_span_and_with_two(root, tmp_path, capfd):
     assert [line.split()[1] for line in lines if line.startswith("== ")] == [
         "MICRO_BATCH_TOKENS=128",
         "MICRO_BATCH_TOKENS=256",
+        "MICRO_BATCH_TOKENS=128",
     ]
-    assert sum(line.startswith("| step with late QAT ") for line in lines) == 2
+    assert sum("TORCHINDUCTOR_MIX_ORDER_REDUCTION=0" in line for line in lines) == 1
+    assert sum(line.startswith("| step with late QAT ") for line in lines) == 3
     figures = [json.loads(line) for line in (tmp_path / "out/h9_step.jsonl").read_text().splitlines()]
-    assert [found["settings"]["MICRO_BATCH_TOKENS"] for found in figures] == ["128", "256"]
+    assert [found["settings"]["MICRO_BATCH_TOKENS"] for found in figures] == ["128", "256", "128"]
     assert {(found["bench"], found["steps"], found["tokens"]) for found in figures} == {
         ("train", 3, "shards'")
     }
@@ -115,12 +117,10 @@ def test_what_has_to_be_right_is_tested_on_the_gpu():
     assert not ENTRIES["0"].needs_data and "GPU_TESTS_DEVICE=cpu " in titles("0", DRY)[0]
 
 
-@pytest.mark.parametrize("found, first", [(None, []), (object(), ["--shards"])])
-def test_a_step_is_profiled_with_each_kernel_that_is_there(monkeypatch, found, first):
-    monkeypatch.setattr(gpu_checks, "find_spec", lambda name: found)
-    kernels = first + ["cudnn", "flash"]
-    steps = ENTRIES["2"].commands(checks_at(FULL))
-    assert [command.settings["MICRO_BATCH_TOKENS"] for command in steps] == [98_304, 196_608] * len(kernels)
+def test_a_step_is_profiled_with_each_kernel_and_once_without_mix_order_reduction():
+    *steps, plain = ENTRIES["2"].commands(checks_at(FULL))
+    assert plain.settings == {"MICRO_BATCH_TOKENS": 98_304, "TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0}
+    assert [command.settings["MICRO_BATCH_TOKENS"] for command in steps] == [98_304, 196_608] * 2
     chosen = [word for command in steps for word in command.words if word in ("cudnn", "flash")]
     assert chosen == ["cudnn", "cudnn", "flash", "flash"]
     assert {command.words[-5:-2] for command in steps} == {("--shards", "--steps", "20")}
