@@ -450,7 +450,14 @@ def test_commands_settings_and_places_that_a_page_names_exist(page):
         assert name in {*FIELDS, *RETIRED, *NO_SETTINGS}, name
 
 
-NO_SETTINGS = {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE", "EVAL_MODES", "MAX_", "RUN_ID"}
+NO_SETTINGS = {
+    "OMP_NUM_THREADS",
+    "TORCH_COMPILE_DISABLE",
+    "TORCHINDUCTOR_MIX_ORDER_REDUCTION",
+    "EVAL_MODES",
+    "MAX_",
+    "RUN_ID",
+}
 
 
 def test_places_to_change_are_in_the_program():
