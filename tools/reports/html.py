@@ -8,7 +8,6 @@ takes, and logs/RUN_ID.audit.json where that lies beside a log. What a log does 
 page says so. The same logs make the same page.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import numpy as np
 
 from tools.common.cli import Parser, check_folder_of, ends_in_one_line
 from tools.reports.curves import LIMIT_BYTES, LIMIT_SECONDS, LOOKS, PARTS, STAGES, read_runs
-from tools.reports.runlog import Event, latest, read_events
+from tools.reports.runlog import Event, latest, read_audit, read_events
 from train_gpt import RunError, write_atomically
 
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot")  # of LOOKS, as plotly calls them
@@ -47,18 +46,6 @@ class Page(NamedTuple):
     curves: dict[str, Any]  # of tools.reports.curves
     events: list[Event]
     audit: dict[str, Any] | None  # what logs/RUN_ID.audit.json holds, if it is there
-
-
-def read_audit(path: Path) -> dict[str, Any] | None:
-    """Returns what the audit of a log's run found, None if it has none. Raises RunError."""
-    beside = path.with_suffix(".audit.json")
-    if not beside.exists():
-        return None
-    try:
-        found = json.loads(beside.read_text("utf-8"))
-        return {name: found[name] for name in ("violations", "share", "stages", "hashes")}
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{beside}: no audit of train_gpt.py; run again with AUDIT=1") from None
 
 
 # Parts of the page

@@ -393,6 +393,23 @@ def read_events(path: Path) -> list[Event]:
     return read(path, strict=False)[0]
 
 
+def read_audit(path: Path) -> dict[str, Any] | None:
+    """Returns what the audit of a log's run found, None if there is none beside it. Raises RunError."""
+    beside = path.with_suffix(".audit.json")
+    try:
+        found = json.loads(beside.read_bytes())
+        kinds = {"violations": list, "hashes": dict, "stages": dict, "share": float}
+        if not all(isinstance(found[name], kind) and found["stages"] for name, kind in kinds.items()):
+            raise TypeError
+        return found
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise RunError(f"{beside}: cannot be read ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{beside}: no audit of train_gpt.py; run again with AUDIT=1") from None
+
+
 def final_score(path: Path) -> tuple[float, float]:
     """Returns (val_loss in nats per token, val_bpb) of the last stage with an exact score.
 

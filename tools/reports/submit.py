@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from tools.common.cli import ROOT, Parser, ends_in_one_line
 from tools.common.tables import table
-from tools.reports.runlog import RunLog, latest, read_log
+from tools.reports.runlog import RunLog, latest, read_audit, read_log
 from train_gpt import FIELDS, RunError, write_atomically
 
 BYTES = FIELDS["ARTIFACT_LIMIT"].default  # of code and artifact
@@ -51,7 +51,7 @@ def text_of(path: Path) -> Path:
 
 def read_run(path: Path) -> Run:
     """Returns the log at path and the audit beside it. Raises RunError."""
-    log, beside = read_log(path), path.with_suffix(".audit.json")
+    log = read_log(path)
     if not log.source:
         raise RunError(f"{path}: the source is in the .txt of the run, which is not beside it")
     if f"val_bpb:{log.final.val_bpb:.8f}\n" not in text_of(path).read_text("utf-8"):
@@ -60,21 +60,7 @@ def read_run(path: Path) -> Run:
         )
     if lacking := [name for name in USED if name not in log.settings]:
         raise RunError(f"{path}: its settings lack {', '.join(lacking)}; run it again")
-    try:
-        audit = json.loads(beside.read_bytes())
-        if (
-            not isinstance(audit["violations"], list)
-            or not isinstance(audit["hashes"], dict)
-            or not audit["stages"]
-        ):
-            raise TypeError
-    except FileNotFoundError:
-        audit = None
-    except OSError as e:
-        raise RunError(f"{beside}: cannot be read ({e.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{beside}: no audit of train_gpt.py; run again with AUDIT=1") from None
-    return Run(path, log, audit)
+    return Run(path, log, read_audit(path))
 
 
 def plural(count: int, what: str) -> str:

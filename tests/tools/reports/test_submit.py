@@ -84,9 +84,8 @@ def audit(path, violations=(), **hashes):
         "code": hashlib.sha256(SOURCE.encode()).hexdigest(),
         "artifact": hashlib.sha256(Path(path).with_suffix(".bin").read_bytes()).hexdigest(),
     }
-    Path(path).with_suffix(".audit.json").write_text(
-        json.dumps({"violations": list(violations), "hashes": actual | hashes, "stages": {"legal_ttt": {}}})
-    )
+    found = {"violations": list(violations), "hashes": actual | hashes, "stages": {"legal_ttt": {}}}
+    Path(path).with_suffix(".audit.json").write_text(json.dumps(found | {"share": 0.03}))
 
 
 def without_last_stage(path):
