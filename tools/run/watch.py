@@ -60,7 +60,7 @@ class Watch(Hooks):
                     self.seen = {other: (beats, time.monotonic()) for other, (beats, _) in self.seen.items()}
                 last = time.monotonic()
                 try:
-                    why = self.beat(self.store)
+                    why = self.beat(self.store, last)
                 except (RuntimeError, OSError):
                     if not slept and time.monotonic() < last + 5 * pause:
                         raise
@@ -71,14 +71,17 @@ class Watch(Hooks):
         except (RuntimeError, OSError):
             self.stop("the process that started the ranks, or rank 0, has gone", self.SILENCE / 15)
 
-    def beat(self, store: dist.Store) -> str:
-        """Give a sign of life, look for the others', and return why all have to end, if they have to."""
+    def beat(self, store: dist.Store, begin: float) -> str:
+        """Give a sign of life, look for the others', and return why all have to end, if they have to.
+
+        Silence lasts to the `begin` of this look: what this process sleeps in it is no silence of others.
+        """
         store.add(self.key(self.rank), 1)
         for other, (beats, since) in self.seen.items():
             now = store.add(self.key(other), 0)
             if now != beats:
                 self.seen[other] = now, time.monotonic()
-            elif time.monotonic() > since + self.SILENCE:
+            elif begin > since + self.SILENCE:
                 silence = f"{self.SILENCE:.0f} s"
                 self.tell(store, f"rank {other} has been silent for {silence}: it died or is frozen")
         failed = self.key("failed")
