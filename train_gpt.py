@@ -194,8 +194,6 @@ class Settings:
             "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": self.train_batch_tokens % spans
             == 0,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
-            "TTT_CHUNK_TOKENS must be a multiple of 8 if EVAL_MODE is streaming": sliding
-            or chunk % SPANS == 0,
             "TTT_CHUNK_TOKENS must be at least TRAIN_SEQ_LEN": whole_chunks,
             "EVAL_ONLY=1 needs ARTIFACT_PATH": self.artifact_path or not self.eval_only,
             "RUN_ID must be a name without /": "/" not in self.run_id,
@@ -333,16 +331,6 @@ def all_reduce(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, tensor: Tensor) -> Tensor:
-        return all_reduce(tensor.clone())
-
-    @staticmethod
-    def backward(context: Any, grad: Tensor) -> Tensor:
-        return all_reduce(grad.contiguous())
 
 
 def all_reduce_list(tensors: list[Tensor]) -> None:
@@ -816,7 +804,6 @@ class Forward:
     sin: Tensor
     mask: Tensor | None = None  # (T, P + T), see window_mask(); None: causal
     cache: KVCache | None = None
-    ranks: int = 1  # that share the positions: rank r reads the r-th T of them
     moments: dict[str, Tensor] | None = None  # field of Matrices -> sums of x x^T to add inputs x to
 
     def product(self, name: str, layer: int, x: Tensor, weight: Tensor) -> Tensor:
@@ -828,14 +815,9 @@ class Forward:
 
     def with_past(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns past and present keys, values (B, P + T, K, d); the cache keeps the last P, if 0 all."""
-        kv, own, before = torch.stack((k, v)), k.size(1), 0
-        if self.ranks > 1:  # each rank adds its own part to a tensor of all
-            before = rank() * own
-            kv = _AllReduce.apply(F.pad(kv, (0, 0, 0, 0, before, (self.ranks - 1) * own - before)))
-        kv = torch.cat((self.cache[slot], kv), dim=2)  # (2, B, P + ranks * T, K, d)
-        self.cache[slot] = kv[:, :, own - len(self.cos) :].detach().contiguous()
-        k, v = kv.narrow(2, before, len(self.cos))
-        return k, v
+        kv = torch.cat((self.cache[slot], torch.stack((k, v))), dim=2)  # (2, B, P + T, K, d)
+        self.cache[slot] = kv[:, :, k.size(1) - kv.size(2) :].detach().contiguous()
+        return kv[0], kv[1]
 
 
 def parameter(*shape: int, value: float = 0.0) -> nn.Parameter:
@@ -968,20 +950,16 @@ class GPT(nn.Module):
         return Matrices(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down)
 
     def context(
-        self,
-        length: int,
-        cache: KVCache | None = None,
-        ranks: int = 1,
-        moments: dict[str, Tensor] | None = None,
+        self, length: int, cache: KVCache | None = None, moments: dict[str, Tensor] | None = None
     ) -> Forward:
-        """Returns what the layers share when each of `ranks` reads `length` positions."""
+        """Returns what the layers share when `length` positions are read."""
         past, s, device = 0 if cache is None else cache[0].size(2), self.s, self.tok_emb.device
         sizes = past + length, past or length
         if sizes not in self.rotary:
             tables = rotary_tables(*sizes, s.rope_dims, s.rope_base, device)
             self.rotary[sizes] = [t.to(self.dtype) for t in tables]
         mask = window_mask(past, length, device) if past else None
-        return Forward(*self.rotary[sizes], mask, cache, ranks, moments)
+        return Forward(*self.rotary[sizes], mask, cache, moments)
 
     def forward(
         self,
@@ -1584,7 +1562,6 @@ class Read:
     at: Tensor  # (B, T), positions
     matrices: Matrices
     cache: KVCache | None  # as it was before
-    ranks: int
     losses: Tensor  # (B, T), in nats
 
 
@@ -1610,14 +1587,14 @@ class Scorer:
         """Returns the tokens at positions, int64, -1 before the text."""
         return torch.where(at < 0, -1, self.tokens[at.clamp(0, self.targets)]).long()
 
-    def read(self, at: Tensor, matrices: Matrices, cache: KVCache | None = None, ranks: int = 1) -> Read:
+    def read(self, at: Tensor, matrices: Matrices, cache: KVCache | None = None) -> Read:
         """Read positions (B, T), in a stream behind a cache, which is brought up to date."""
         before, seen = cache and list(cache), at
         if cache is not None:  # the embedding also looks at the two tokens before
             seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
-        context = self.model.context(at.size(1), cache, ranks)
+        context = self.model.context(at.size(1), cache)
         losses = self.model(self.ids(seen), self.ids(at + 1), matrices, context)
-        read = Read(self, at, matrices, before, ranks, losses)
+        read = Read(self, at, matrices, before, losses)
         self.hooks.on_read(read)
         return read
 
@@ -1691,12 +1668,13 @@ class Learner(Stateful):
             self.rule = torch.optim.SGD(self.weights, s.ttt_lr, momentum=s.ttt_momentum)
 
     def update(self, loss: Tensor, lr: float) -> None:
-        """Move the weights against the gradient of this rank's part of the loss."""
+        """Move the weights against the gradient of the loss, in sliding mode of all ranks' parts of it."""
         s = self.s
         self.hooks.before_update(self)
         loss.backward()
         with torch.no_grad():
-            all_reduce_list([w.grad for w in self.weights])
+            if s.eval_mode == "sliding":
+                all_reduce_list([w.grad for w in self.weights])
             if s.ttt_grad_clip:
                 nn.utils.clip_grad_norm_(self.weights, s.ttt_grad_clip)
             if s.ttt_decay:
@@ -1750,9 +1728,9 @@ class SlidingMode:
 
 
 class StreamingMode:
-    """Each position is read once and sees a window; ranks share a chunk's positions. Chunk 0 is a window.
+    """Each position is read once and sees a window. Chunk 0 is a window.
 
-    Keys and values of the past stay as they were when read.
+    Keys and values of the past stay as they were when read. All ranks do the same; rank 0's scores count.
     """
 
     stage = "final_int6_streaming"
@@ -1772,14 +1750,13 @@ class StreamingMode:
         return self.scorer.score_streams()
 
     def read(self, chunk: int) -> Read:
-        """Read this rank's positions of a chunk, behind what was before it."""
-        low, length, ranks = 0, self.scorer.window, 1  # of the first chunk, which all ranks read
+        """Read a chunk behind what was before it."""
+        low, length = 0, self.scorer.window
         if chunk:
-            ranks, C = world_size(), self.s.ttt_chunk_tokens
-            length, low = C // ranks, self.scorer.window + (chunk - 1) * C + rank() * (C // ranks)
+            length, low = self.s.ttt_chunk_tokens, length + (chunk - 1) * self.s.ttt_chunk_tokens
         at = low + torch.arange(length, device=self.scorer.tokens.device)[None]  # (1, T)
         cache = list(self.before)
-        read = self.scorer.read(at, self.learner.model.matrices(), cache, ranks)
+        read = self.scorer.read(at, self.learner.model.matrices(), cache)
         self.learner.slots = cache
         return read
 
@@ -1787,7 +1764,7 @@ class StreamingMode:
         """Returns a chunk's sums (3,) fp64, over all ranks."""
         self.before = self.learner.slots
         self.first_read = self.read(chunk)
-        end = self.scorer.targets if chunk or rank() == 0 else 0
+        end = self.scorer.targets if rank() == 0 else 0
         return all_reduce(self.scorer.measure(self.first_read, 0, end))
 
     def learn_chunk(self, chunk: int, epochs: int) -> None:

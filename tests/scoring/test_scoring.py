@@ -38,7 +38,7 @@ class Plain:
     def matrices(self):
         return None
 
-    def context(self, length, cache, ranks):
+    def context(self, length, cache):
         return None
 
     def __call__(self, x, y, matrices, context):

@@ -489,10 +489,6 @@ def test_a_recipe_wins_over_what_an_artifact_was_made_with():
     [
         (dict(RECIPE="beste"), "RECIPE='beste': allowed is record or best"),
         (dict(EVAL_MODE="stream"), "EVAL_MODE='stream': allowed is sliding or streaming"),
-        (
-            dict(EVAL_MODE="streaming", TTT_CHUNK_TOKENS="100"),
-            "TTT_CHUNK_TOKENS must be a multiple of 8 if EVAL_MODE is streaming; now",
-        ),
     ],
 )
 def test_impossible_choices_are_named(bad, said):

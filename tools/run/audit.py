@@ -291,7 +291,9 @@ class Audit(T.Hooks):
             paths = run.artifact_path, Path(T.__file__)  # other nodes lack the first
             data = T.together(lambda: [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths], 1)
             self.hashes = dict(zip(("artifact", "code"), T.from_rank0(data), strict=True))
-            self.middle = self.shared.randrange(evaluation.ttt.mode.chunks)
+            mode = evaluation.ttt.mode
+            learnt = range(mode.context_chunks, mode.chunks - 1) or range(mode.chunks)
+            self.middle = self.shared.choice(learnt)  # a chunk that is learnt from, if any
             self.text, self.bits = Text(self.s, scorer.tables, self.shared), fingerprint(scorer.model)
         files_opened().clear()
 
@@ -380,31 +382,28 @@ class Audit(T.Hooks):
     def check_read(self, stage: Stage, read: T.Read, scored: Tensor) -> bool:
         """Repeat a read with other tokens behind a random place, and sum the probabilities there.
 
-        Returns False if it scored nothing. Processes that share positions do this together at one place.
+        Returns False if it scored nothing.
         """
-        at, shared = read.at, read.ranks > 1
-        places = (at == stage.last if shared else scored).nonzero().tolist()
-        if not places and not shared:
+        at, places = read.at, scored.nonzero().tolist()
+        if not places:
             return False
-        row, column = self.own.choice(places[1:] or places or [(0, 0)])  # rather one with others before
-        p = stage.last if shared else int(at[row, column])
-        scorer = with_other_future(read.scorer, p, self.shared if shared else self.own)
+        row, column = self.own.choice(places[1:] or places)  # rather one with others before
+        p = int(at[row, column])
+        scorer = with_other_future(read.scorer, p, self.own)
         cache = read.cache and list(read.cache)
         with torch.set_grad_enabled(read.losses.requires_grad):
-            again = scorer.read(at, read.matrices, cache, read.ranks).losses.detach()
+            again = scorer.read(at, read.matrices, cache).losses.detach()
         if wrong := at[(at < p) & (again != read.losses)].tolist():
             stage.fail("reads", f"a later token was read: behind number {p}, at position {min(wrong)}")
         losses = self.losses_of_all(stage, read, scorer, row, column)
-        if places:
-            total, real = losses.neg().exp().sum().item(), losses[stage.tokens[p + 1]].item()
-            recorded = read.losses[row, column].item()
-            if not abs(total - 1) <= SUM_TOLERANCE:
-                stage.fail("sums", f"probabilities do not sum to 1: at position {p} to {total:.6f}")
-            if not abs(real - recorded) <= TOLERANCE[read.matrices.qkv.dtype]:
-                line = f"position {p} has {recorded:.4f} nats, with nothing behind it {real:.4f}"
-                stage.fail("sums", f"a score is not that of its context alone: {line}")
-            stage.made["sums"] += 1
-        stage.made["reads"] += 1
+        total, real = losses.neg().exp().sum().item(), losses[stage.tokens[p + 1]].item()
+        recorded = read.losses[row, column].item()
+        if not abs(total - 1) <= SUM_TOLERANCE:
+            stage.fail("sums", f"probabilities do not sum to 1: at position {p} to {total:.6f}")
+        if not abs(real - recorded) <= TOLERANCE[read.matrices.qkv.dtype]:
+            line = f"position {p} has {recorded:.4f} nats, with nothing behind it {real:.4f}"
+            stage.fail("sums", f"a score is not that of its context alone: {line}")
+        stage.made.update(("sums", "reads"))
         return True
 
     @torch.no_grad()
@@ -413,7 +412,7 @@ class Audit(T.Hooks):
         model, at = copy.copy(scorer.model), read.at[row : row + 1]
         cache = read.cache and [slot[:, row : row + 1] for slot in read.cache]
         seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1) if cache else at  # as in Scorer.read()
-        ids, context = scorer.ids(seen), model.context(at.size(1), cache, read.ranks)
+        ids, context = scorer.ids(seen), model.context(at.size(1), cache)
         every = torch.arange(self.s.vocab_size, device=ids.device)[None]  # (1, V)
 
         def logits_of_place(tokens: Tensor, *rest: Any) -> Tensor:

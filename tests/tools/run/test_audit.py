@@ -476,10 +476,8 @@ class ChangesWeightsUnseen(T.Scorer):
 class OtherTextInside(T.Scorer):
     """Another text is scored in a stage of its own scorer."""
 
-    def read(self, at, matrices, cache=None, ranks=1):
-        return T.Scorer.read(
-            self.other() if at.max() == self.targets - 1 else self, at, matrices, cache, ranks
-        )
+    def read(self, at, matrices, cache=None):
+        return T.Scorer.read(self.other() if at.max() == self.targets - 1 else self, at, matrices, cache)
 
     def other(self):
         return variant(self, tokens=self.tokens.flip(0))
