@@ -9,14 +9,13 @@ Shapes: B sequences, T positions, D model width, H query heads, K key/value head
 L layers, V vocabulary, P positions of the past, N tokens, W processes.
 
 A *bank* holds one matrix of every layer; a *span* is an eighth of a training step's tokens. A *window* is
-what a position may see; a *chunk* is scored before weights learn from it; a stream reads a *segment* at
-once; *lanes* are streams (or coders) side by side. A row's *grid* is the multiples of its *step*; the
-*knob* scales all steps until the artifact fits.
+what a position may see; a *chunk* is scored before weights learn from it; *lanes* are residual streams
+(or coders) side by side. A row's *grid* is the multiples of its *step*; the *knob* scales all steps until
+the artifact fits.
 """
 
-import difflib
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import lzma
@@ -34,8 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import count, cycle
+from itertools import chain, count, cycle, islice, pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -43,14 +43,16 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 
-# First, or its defaults keep the process group, whose threads may abort Python's end (pytorch issue 190489)
+# First, or its defaults keep the process group, whose threads may abort the end (pytorch issue 190489)
 import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 
 Value = TypeVar("Value")
 State = dict[str, Any]
 Named = Mapping[str, Tensor]
+Schedule = tuple[tuple[int, float], ...]  # values and the shares of training from which on they hold
 SPANS = 8  # of a step, and most processes
 
 
@@ -74,17 +76,28 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def setting(
-    default: Any, help: str, *, low: float = 0, high: float = math.inf, choices: tuple = (), kept: str = "yes"
+    default: Any,
+    help: str,
+    *,
+    low: float = 0,
+    high: float = math.inf,
+    choices: tuple = (),
+    kept: str = "yes",
+    **recipe: Any,
 ) -> Any:
     """Returns a field of Settings: numbers from `low` to `high`, texts among `choices`.
 
     `kept` in the artifact: "yes", a default for scoring; "fixed", belongs to the weights; "no", is local.
+    `recipe`: the default of RECIPE=frontier, if it is another.
     """
-    facts = {"help": help, "low": low, "high": high, "choices": choices, "kept": kept}
+    facts = {"help": help, "low": low, "high": high, "choices": choices, "kept": kept} | recipe
     return field(default=default, metadata=facts)
 
 
 fixed, local = partial(setting, kept="fixed"), partial(setting, kept="no")
+
+
+GROWTH = ((1024, 0.0), (2048, 0.1), (3072, 0.7))
 
 
 @dataclass
@@ -93,142 +106,186 @@ class Settings:
 
     data_path: str = local("./data/datasets/fineweb10B_sp1024", "folder of the token shards")
     tokenizer_path: str = local("./data/tokenizers/fineweb_1024_bpe.model", "their SentencePiece model")
-    vocab_size: int = setting(1024, "tokens that the tokenizer has", low=2, high=65536)
+    vocab_size: int = setting(1024, "tokens that the tokenizer has", low=2, high=65536, frontier=8192)
 
     run_id: str = local("", "name of logs/RUN_ID.txt; empty: a UUID")
     seed: int = setting(1337, "seed of the first weights", high=2**32 - 1)
     iterations: int = setting(20000, "most training steps")
     max_wallclock_seconds: float = setting(600.0, "most seconds of training; 0: no limit")
     warmup_steps: int = setting(20, "steps before the clock starts, then undone")
-    warmdown_iters: int = setting(3500, "last steps, in which the rate falls to 0")
+    warmdown_iters: int = setting(3500, "last steps, in which the rate falls")
+    warmdown_fraction: float = setting(0.0, "or last share of training, if above 0", high=1, frontier=0.85)
+    min_lr: float = setting(0.0, "least factor of the rate", high=1, frontier=0.1)
     train_batch_tokens: int = setting(786432, "tokens per training step", low=8)
-    train_seq_len: int = setting(2048, "tokens per training sequence", low=2)
-    micro_batch_tokens: int = setting(0, "tokens per forward pass; 0: an eighth of a step")
+    train_seq_len: int = setting(2048, "tokens per training sequence or piece", low=2, frontier=3072)
+    train_seq_schedule: Schedule = setting(
+        (), "pieces by share of training, as 512@0,1024@0.3", frontier=GROWTH
+    )
     train_log_every: int = setting(500, "steps between lines of the log; 0: none")
-    val_loss_every: int = setting(4000, "steps between validations; 0: only after the last step")
+    val_loss_every: int = setting(4000, "steps between validations; 0: only the last")
     val_batch_size: int = setting(524288, "validation tokens that 8 processes read at once", low=8)
-    holdout_tokens: int = setting(524288, "training tokens held out to choose and calibrate by", low=1)
+    holdout_tokens: int = setting(524288, "training tokens to choose and calibrate by", low=1)
     artifact_path: str = local("", "file of the artifact; empty: logs/RUN_ID.bin")
     artifact_limit: int = local(16_000_000, "most bytes of artifact and code", low=1)
     eval_only: bool = local(False, "do not train, only score ARTIFACT_PATH")
-    checkpoint_every: float = local(0.0, "seconds between checkpoints; 0: only on SIGTERM")
+    checkpoint_every: float = local(0.0, "seconds between checkpoints; 0: on SIGTERM")
     resume: str = local("", "checkpoint to go on from; auto: RUN_ID's, if any")
     audit: bool = local(False, "check scoring against the challenge's rules")
-    recipe: str = setting("record", "which defaults hold", choices=("record", "best"))
+    recipe: str = setting("record", "which defaults hold", choices=("record", "frontier"))
 
     num_layers: int = fixed(11, "layers", low=1)
     model_dim: int = fixed(512, "width of the residual stream", low=1)
     num_heads: int = fixed(8, "query heads", low=1)
     num_kv_heads: int = fixed(4, "key and value heads", low=1)
-    mlp_mult: float = fixed(3.0, "hidden width of the MLP over MODEL_DIM", low=0.5)
+    mlp_mult: float = fixed(3.0, "hidden width of the MLP over MODEL_DIM", low=0.5, frontier=4.0)
     rope_base: float = fixed(10000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = fixed(16, "channels of a head that rotate", low=4)
     logit_softcap: float = fixed(30.0, "bound of the logits, by tanh", low=0.001)
-    qk_gain_init: float = fixed(1.5, "first gain of the queries")
+    qk_gain_init: float = fixed(1.5, "first gain of the queries", frontier=5.25)
     ln_scale: bool = fixed(True, "scale layers' inputs by 1 / sqrt(layer + 1)")
-    xsa_last_n: int = fixed(4, "last layers that drop what lies along a position's value")
-    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none")
+    xsa_last_n: int = fixed(4, "last layers that drop what lies along a position's value", frontier=11)
+    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none", frontier=0)
     bigram_dim: int = fixed(128, "width of the bigram table", low=1)
-    ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS")
+    ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS", frontier=False)
     ve_dim: int = fixed(128, "width of the value embeddings", low=1)
     ve_layers: tuple[int, ...] = fixed((9, 10), "layers that add value embeddings")
     tied_embed_init_std: float = fixed(0.005, "deviation of the first token table")
+    smear: str = fixed("channel", "gates of the token before", choices=("channel", "token"), frontier="token")
+    skip_gates: bool = fixed(False, "mix skips in by gates instead of adding them", frontier=True)
+    attn_gate_channels: int = fixed(0, "input channels that gate each head; 0: no gates", frontier=12)
+    attn_gate_scale: float = fixed(0.5, "factor of these gates' logits")
+    parallel_from: int = fixed(-1, "first layer of two residual lanes; -1: none", low=-1, frontier=8)
+    loop_layers: tuple[int, ...] = fixed((), "layers that run again, as 3-5", frontier=(3, 4, 5))
+    loop_count: int = fixed(0, "times that they run again", frontier=2)
+    loop_from: float = setting(0.35, "share of training from which on they do", high=1)
+    document_attention: bool = fixed(False, "see the own document only", frontier=True)
 
-    matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks")
-    scalar_lr: float = setting(0.025, "AdamW's learning rate of scalars and vectors")
-    tied_embed_lr: float = setting(0.035, "AdamW's learning rate of the tables")
-    muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", high=1)
+    matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks", frontier=0.028)
+    scalar_lr: float = setting(0.025, "AdamW's learning rate of scalars and vectors", frontier=0.02)
+    tied_embed_lr: float = setting(0.035, "AdamW's learning rate of the tables", frontier=0.03)
+    muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", high=1, frontier=0.97)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", high=1)
     muon_momentum_warmup_steps: int = setting(1500, "steps in which Muon's momentum rises")
     muon_backend_steps: int = setting(5, "Newton-Schulz steps in training", low=1)
-    muon_wd: float = setting(0.04, "weight decay of the banks")
-    adam_wd: float = setting(0.04, "AdamW's weight decay")
+    muon_row_norm: bool = setting(False, "norm rows of Muon's updates before Newton-Schulz", frontier=True)
+    ns_coefficients: str = setting("classic", "theirs", choices=("classic", "polar"), frontier="polar")
+    muon_wd: float = setting(0.04, "weight decay of the banks", frontier=0.095)
+    embed_wd: float = setting(-1.0, "AdamW's weight decay of the tables; -1: ADAM_WD", low=-1, frontier=0.085)
+    adam_wd: float = setting(0.04, "AdamW's weight decay", frontier=0.02)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", high=0.999999)
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", high=0.999999)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", high=0.999999, frontier=0.99)
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     grad_clip_norm: float = setting(0.3, "most norm of the whole gradient; 0: no limit")
 
     ema_enabled: bool = setting(True, "try an exponential average of the weights")
-    ema_decay: float = setting(0.997, "decay of the exponential average, per step", high=1)
-    swa_enabled: bool = setting(True, "try a plain average of the last weights")
-    swa_every: int = setting(50, "steps between samples of the plain average", low=1)
-    late_qat: bool = setting(True, "train with rounded banks near the end")
+    ema_decay: float = setting(0.997, "decay of the exponential average, per step", high=1, frontier=0.9965)
+    late_qat: bool = setting(True, "train with rounded banks near the end", frontier=False)
     late_qat_threshold: float = setting(0.15, "share of the warm-down left when rounding starts")
-    matrix_step: float = setting(
-        1.0, "least knob; 1: about as fine as the record's int6", low=0.25, high=1000
-    )
 
-    eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2)
+    eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2, frontier=3072)
     eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
-    eval_mode: str = setting("sliding", "windows, or each position once", choices=("sliding", "streaming"))
+    eval_mode: str = setting(
+        "sliding", "windows or each once", choices=("sliding", "streaming"), frontier="streaming"
+    )
     eval_window: int = setting(0, "tokens that a position of a stream sees; 0: EVAL_SEQ_LEN")
     eval_max_seconds: float = setting(600.0, "most seconds of scoring; if short, less is learnt", low=0.001)
-    eval_time_soft_cap_seconds: float = setting(570.0, "past 85% of these seconds no chunk gets extra epochs")
+    eval_time_soft_cap_seconds: float = setting(570.0, "past 85% of these no chunk gets extra epochs")
 
     ttt_enabled: bool = setting(True, "learn from what has been scored")
     ttt_muon: bool = setting(True, "update by Newton-Schulz; 0: by SGD")
     ttt_ns_steps: int = setting(3, "Newton-Schulz steps of an update", low=1)
-    ttt_entropy_adapt: bool = setting(True, "an epoch more for hard chunks, one less for easy ones")
+    ttt_entropy_adapt: bool = setting(True, "an epoch more if hard, one less if easy", frontier=False)
     ttt_entropy_high: float = setting(2.1, "nats above which a chunk is hard")
     ttt_entropy_low: float = setting(1.75, "nats below which a chunk is easy")
-    ttt_lr: float = setting(0.002, "learning rate; with windows the peak of a cosine")
-    ttt_epochs: int = setting(3, "times that a chunk is learnt from", low=1)
-    ttt_chunk_tokens: int = setting(32768, "tokens scored, then learnt from", low=2)
+    ttt_lr: float = setting(0.002, "learning rate; with windows the peak of a cosine", frontier=0.01)
+    ttt_epochs: int = setting(3, "times that a chunk is learnt from", low=1, frontier=1)
+    ttt_chunk_tokens: int = setting(32768, "tokens scored, then learnt from", low=2, frontier=2048)
     ttt_batch_seqs: int = setting(32, "sequences per update, in sliding mode", low=1)
     ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
     ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
-    ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1)
+    ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1, frontier=0.005)
+
+    @property
+    def window(self) -> int:
+        """Most positions that one sees in scoring, itself included."""
+        return (self.eval_window if self.eval_mode == "streaming" else 0) or self.eval_seq_len
 
     def validate(self) -> None:
         """Raises RunError for settings that contradict each other."""
         spans = SPANS * self.train_seq_len
-        head_dim, sliding = self.model_dim // self.num_heads, self.eval_mode == "sliding"
-        layers, chunk = set(range(self.num_layers)) & set(self.ve_layers), self.ttt_chunk_tokens
-        whole_chunks = chunk >= self.train_seq_len or not (self.ttt_enabled and sliding)
+        head_dim = self.model_dim // self.num_heads
+        layers = set(range(self.num_layers)) & set(self.ve_layers)
+        sequences = self.ttt_enabled and self.eval_mode == "sliding"
+        loop, schedule = self.loop_layers, self.train_seq_schedule
+        ends = ((1, -1), *schedule, (self.train_seq_len + 1, math.inf))
+        rising = all(a < c and b < d for (a, b), (c, d) in pairwise(ends))
+        behind_loop = max(loop, default=-1) + 1
+        lanes = range(max(behind_loop, self.num_layers // 2), self.num_layers)
         rules = {
             "MODEL_DIM must be a multiple of 2 * NUM_HEADS": self.model_dim % (2 * self.num_heads) == 0,
             "NUM_HEADS must be a multiple of NUM_KV_HEADS": self.num_heads % self.num_kv_heads == 0,
             "ROPE_DIMS must be even, at most MODEL_DIM / NUM_HEADS": self.rope_dims
             in range(4, head_dim + 1, 2),
             "VE_LAYERS must be different layers below NUM_LAYERS": len(layers) == len(self.ve_layers),
-            "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": self.train_batch_tokens % spans
-            == 0,
+            "LOOP_LAYERS must follow each other, below NUM_LAYERS": loop
+            == tuple(range(behind_loop - len(loop), min(behind_loop, self.num_layers))),
+            "PARALLEL_FROM must be after LOOP_LAYERS, in the second half of NUM_LAYERS": self.parallel_from
+            in (-1, *lanes),
+            "TRAIN_SEQ_SCHEDULE must rise from share 0 on, to TRAIN_SEQ_LEN at most": not schedule
+            or (rising and schedule[0][1] == 0),
+            "TRAIN_SEQ_SCHEDULE needs DOCUMENT_ATTENTION=1": self.document_attention or not schedule,
+            "MUON_BACKEND_STEPS must be at most 5 if NS_COEFFICIENTS=polar": self.ns_coefficients != "polar"
+            or self.muon_backend_steps <= len(POLAR),
+            "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": not self.train_batch_tokens % spans,
+            "ATTN_GATE_CHANNELS must be at most MODEL_DIM": self.attn_gate_channels <= self.model_dim,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
-            "TTT_CHUNK_TOKENS must be at least TRAIN_SEQ_LEN": whole_chunks,
+            "TTT_CHUNK_TOKENS must be at least TRAIN_SEQ_LEN": not sequences
+            or self.ttt_chunk_tokens >= self.train_seq_len,
             "EVAL_ONLY=1 needs ARTIFACT_PATH": self.artifact_path or not self.eval_only,
             "RUN_ID must be a name without /": "/" not in self.run_id,
             "RESUME=auto needs RUN_ID": self.run_id or self.resume != "auto",
         }
-        for rule, holds in rules.items():
-            if not holds:
-                names = [name for name in re.findall("[A-Z_]+", rule) if name in FIELDS]
-                raise RunError(f"{rule}; now {assignments(self, names)}")
+        for rule in (rule for rule, holds in rules.items() if not holds):
+            names = [name for name in re.findall("[A-Z_]+", rule) if name in FIELDS]
+            raise RunError(f"{rule}; now {assignments(self, names)}")
 
 
 FIELDS = {f.name.upper(): f for f in fields(Settings)}
 KEPT = [name.lower() for name, f in FIELDS.items() if f.metadata["kept"] != "no"]
 FIXED = [name.lower() for name, f in FIELDS.items() if f.metadata["kept"] == "fixed"]
 
-BEST = {"eval_mode": "streaming", "ttt_entropy_adapt": False, "ttt_lr": 0.01}
-BEST |= {"ttt_epochs": 1, "ttt_chunk_tokens": 2048, "ttt_decay": 0.005}
-RECIPES = {"best": BEST, "record": {name: FIELDS[name.upper()].default for name in BEST}}
-
-# Settings of earlier versions, and the only value that is left of each
-RETIRED = {"TIE_EMBEDDINGS": "1", "EMBED_LR": "0.6", "HEAD_LR": "0.008", "TTT_FREEZE_BLOCKS": "0"}
-# Names that only our settings begin with; what Kubernetes sets for a service; others near a setting's
-OWN = re.compile("(TTT|MUON|ROPE|XSA|BIGRAM|EMA|SWA|LATE_QAT|QK_GAIN|WARMDOWN)_", re.I)
-SERVICE = re.compile(r"\w+_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
-OTHERS = {"MODEL_DIR", "NUM_THREADS", "SPEED"}
-NEAR = 0.87  # difflib's ratio of names that differ in about a seventh of their letters
+FRONTIER = {name.lower(): f.metadata["frontier"] for name, f in FIELDS.items() if "frontier" in f.metadata}
+RECIPES = {"record": {name: FIELDS[name.upper()].default for name in FRONTIER}, "frontier": FRONTIER}
 
 KINDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
-KINDS[tuple[int, ...]] = "integers separated by commas"
+KINDS |= {
+    tuple[int, ...]: "integers separated by commas, or 3-5",
+    Schedule: "LENGTH@SHARE, separated by commas",
+}
+
+
+def read_integers(text: str) -> tuple[int, ...]:
+    """Returns the integers that 1,3-5 means. Raises ValueError."""
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",") if part]
+    ranges = [range(end[0], end[-1] + 1) for end in ends]
+    if not all(0 < len(r) < 1000 for r in ranges):
+        raise ValueError
+    return tuple(chain(*ranges))
+
+
+def read_schedule(text: str) -> Schedule:
+    """Returns the pairs that 1024@0,2048@0.1 means. Raises ValueError."""
+    pairs = (part.split("@") for part in text.split(",") if part)
+    return tuple((int(length), float(share)) for length, share in pairs)
+
+
+READERS = {tuple[int, ...]: read_integers, Schedule: read_schedule}
 
 
 def show(value: Any) -> str:
     """Returns a value as one writes it in the environment."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join("@".join(map(show, v)) if isinstance(v, tuple) else show(v) for v in value)
     return value if isinstance(value, str) else f"{value:.15g}"
 
 
@@ -250,8 +307,8 @@ def parse_value(name: str, text: str) -> Any:
     """Returns what a text says for setting NAME. Raises RunError."""
     f, facts = FIELDS[name], FIELDS[name].metadata
     with suppress(ValueError):
-        if f.type == tuple[int, ...]:
-            return tuple(int(part) for part in text.split(",") if part)
+        if f.type in READERS:
+            return READERS[f.type](text)
         if f.type is str and text in (facts["choices"] or [text]):
             return text
         if f.type is bool and int(text) in (0, 1):
@@ -261,32 +318,19 @@ def parse_value(name: str, text: str) -> Any:
     raise RunError(f"{name}={text!r}: allowed is {allowed(f)}")
 
 
-@cache
-def check_spelling(name: str) -> None:
-    """Raises RunError for a variable's name that looks like a setting's and is none."""
-    if name in {*FIELDS, *RETIRED, *OTHERS} or SERVICE.fullmatch(name):
-        return
-    swapped = [known for known in FIELDS if sorted(known) == sorted(name.upper())]
-    begun = [known for known in FIELDS if "_" in name and known.startswith(f"{name.upper()}_")]
-    cutoff = 0 if OWN.match(name) else NEAR
-    for nearest in swapped + begun + difflib.get_close_matches(name.upper(), FIELDS, 1, cutoff):
-        raise RunError(f"{name} is no setting; the nearest is {nearest}")
-
-
 def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = None) -> Settings:
     """Returns an environment's settings, over those `kept` in an artifact. Raises RunError."""
-    for name, text in environ.items():
-        check_spelling(name)
-        if text != RETIRED.get(name, text):
-            raise RunError(f"{name}={text!r}: only {RETIRED[name]} is left of it")
     given = {name.lower(): parse_value(name, environ[name]) for name in FIELDS if name in environ}
-    given = dict(kept or {}) | RECIPES.get(given.get("recipe", ""), {}) | given
+    given = dict(kept or {}) | RECIPES.get(given.get("recipe"), {}) | given
     s = Settings(**given)
     if s.eval_only and s.artifact_path and kept is None:
         return s  # the artifact brings the rest
     if "ve_layers" not in given:
         s.ve_layers = tuple(layer for layer in s.ve_layers if layer < s.num_layers)
     s.validate()
+    for name in FIXED if kept else ():
+        if getattr(s, name) != kept[name]:
+            raise RunError(f"{assignments(s, [name.upper()])}, but the artifact has {show(kept[name])}")
     return s
 
 
@@ -410,15 +454,14 @@ class Stateful:
 
 
 class Clock:
-    """Seconds since it was made, and before a restart. Reading it waits for its device."""
+    """Seconds since it was made, and before a restart. Reading it waits for the GPU."""
 
-    def __init__(self, device: torch.device | None = None):
-        self.device, self.start = device, time.perf_counter()
-        self.apart = 0.0  # seconds that hooks spent, which Pace leaves out
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
 
     def seconds(self, wait: bool = True) -> float:
         """Returns all seconds so far."""
-        if wait and self.device is not None and self.device.type == "cuda":
+        if wait and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter() - self.start
 
@@ -456,7 +499,7 @@ class Hooks:
         return ""
 
     def restore_training(self) -> State | None:
-        """Returns a Trainer's state; its "source" is for errors."""
+        """Returns a Trainer's state."""
         return None
 
     def restore_scoring(self) -> State | None:
@@ -464,7 +507,7 @@ class Hooks:
         return None
 
     def should_stop(self, *, in_loop: bool = False) -> bool:
-        """Returns whether to end; `in_loop`, after on_step or on_chunk, ranks agree."""
+        """Returns whether to end; `in_loop` ranks agree."""
         return False
 
     def on_event(self, name: str, values: dict[str, Any]) -> None:
@@ -522,6 +565,7 @@ class Log:
 
     def open(self, path: Path, source: str, append: bool) -> None:
         """Also write to a file, first the source; an older one becomes path.previous. Raises OSError."""
+        path.parent.mkdir(exist_ok=True)
         if path.exists() and not append:
             os.replace(path, f"{path}.previous")
         file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (for the run)
@@ -541,7 +585,7 @@ class Log:
                 print(line, file=output, flush=True)
             except OSError as e:
                 self.outputs.remove(output)
-                if output is None:  # nobody reads any more; what is left over goes nowhere
+                if output is None:  # nobody reads; what is left goes nowhere
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 else:
                     self.lost = self.lost or str(e)
@@ -595,14 +639,18 @@ GET_DATA = "get data by `make demo` or `python -m tools.data.fineweb`"
 
 
 SPACES = ("\u2581", " ")  # SentencePiece's
+BOS = 1  # the token that begins each document
 
 
 def check_spaces(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
     """Raises RunError for a tokenizer whose spaces' bytes cannot be told from tokens alone."""
+    fault = ""
     if tokenizer.piece_to_id(SPACES[0]) == tokenizer.unk_id():
-        raise RunError(f"{name}: has no piece of one space (U+2581), so that its bytes cannot be counted")
+        fault = "has no piece of one space (U+2581)"
     if tokenizer.normalize("a").endswith(SPACES):
-        raise RunError(f"{name}: adds a space behind each text, so that its bytes cannot be counted")
+        fault = "adds a space behind each text"
+    if fault:
+        raise RunError(f"{name}: {fault}, so that its bytes cannot be counted")
 
 
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
@@ -643,8 +691,7 @@ def byte_tables(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTables:
     return ByteTables(*map(torch.tensor, zip(*rows, strict=True)))
 
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-HEADER_BYTES = 4 * SHARD_HEADER_INTS
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -732,8 +779,8 @@ def span_loader(
 
     def read(step: int) -> Tensor:
         own = range(SPANS * step + rank(), SPANS * (step + 1), world_size())
-        spans = [(read_stream(shards, i * (span + 1), span + 1), f"span {i}") for i in own]
-        return torch.stack([check_ids(tokens, vocab_size, where) for tokens, where in spans])
+        spans = {f"span {i}": read_stream(shards, i * (span + 1), span + 1) for i in own}
+        return torch.stack([check_ids(tokens, vocab_size, where) for where, tokens in spans.items()])
 
     def steps(pool: ThreadPoolExecutor) -> Iterator[Tensor]:
         ahead = pool.submit(read, first_step)
@@ -746,6 +793,18 @@ def span_loader(
 
 
 # ======== Model ========
+
+
+def document_pieces(tokens: Tensor, longest: int) -> Tensor:
+    """Returns where pieces of documents begin in tokens (B, T) as one row, then B * T, (n,) int32.
+
+    A document begins at BOS or with its row and is cut from there on. Few n occur: a GPU compiles for each.
+    """
+    at = torch.arange(tokens.size(1), device=tokens.device)
+    start = torch.where(tokens == BOS, at, 0).cummax(dim=1).values  # of each one's document
+    begins = ((at - start) % longest == 0).flatten()
+    size = max(256, 2 ** int(begins.sum()).bit_length())
+    return begins.nonzero_static(size=size, fill_value=len(begins))[:, 0].int()
 
 
 def window_mask(past: int, length: int, device: torch.device) -> Tensor:
@@ -761,6 +820,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, positions, d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=causal).transpose(1, 2)
+
+
+def piece_attention(q: Tensor, k: Tensor, v: Tensor, pieces: Tensor, longest: int) -> Tensor:
+    """Returns causal attention (B, T, H, d) within pieces, see document_pieces(), of at most `longest`."""
+    flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B * T, heads, d)
+    if q.is_cuda:
+        flat[1:] = (t.repeat_interleave(q.size(2) // t.size(1), dim=1) for t in flat[1:])
+        return varlen.varlen_attn(*flat, pieces, pieces, longest, longest, window_size=(-1, 0)).view_as(q)
+    lengths = [length for length in pieces.diff().tolist() if length]
+    split = zip(*(t[None].split(lengths, dim=1) for t in flat), strict=True)
+    return torch.cat([attention(*part) for part in split], dim=1).view_as(q)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -802,7 +872,9 @@ class Forward:
 
     cos: Tensor  # (P + T, 1, ROPE_DIMS / 2)
     sin: Tensor
-    mask: Tensor | None = None  # (T, P + T), see window_mask(); None: causal
+    mask: Tensor | None = None  # (T, P + T), of each stream or of all; None: causal
+    pieces: Tensor | None = None  # see document_pieces()
+    longest: int = 0  # of the pieces
     cache: KVCache | None = None
     moments: dict[str, Tensor] | None = None  # field of Matrices -> sums of x x^T to add inputs x to
 
@@ -843,17 +915,25 @@ class Block(nn.Module):
         self.q_gain = parameter(s.num_heads, value=s.qk_gain_init)
         self.input_scale = (layer + 1) ** -0.5 if s.ln_scale else 1
         self.drops_own_value = layer >= s.num_layers - s.xsa_last_n  # XSA
+        self.attn_gate = parameter(s.num_heads, s.attn_gate_channels) if s.attn_gate_channels else None
+        if 0 <= s.parallel_from <= layer:  # of both lanes; what each gives to both
+            self.lane_keep, self.lane_gain = parameter(2, value=1.1), parameter(2, 2, value=1.0)
 
     def forward(
-        self, x: Tensor, x0: Tensor, values: Tensor | None, m: Matrices, f: Forward, slot: int
-    ) -> Tensor:
-        """Returns the next x (B, T, D); x0 is the embedding, `values` (B, T, K*d) join the value vectors."""
+        self, lanes: list[Tensor], x0: Tensor, values: Tensor | None, m: Matrices, f: Forward, slot: int
+    ) -> list[Tensor]:
+        """Returns the next lanes, one or two (B, T, D); `values` (B, T, K*d) join the value vectors."""
         attn_scale, mlp_scale, mix = (
-            p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale, self.resid_mix)
+            p.to(x0.dtype) for p in (self.attn_scale, self.mlp_scale, self.resid_mix)
         )
-        u = mix[0] * x + mix[1] * x0
-        y = u + attn_scale * self.attend(norm(u) * self.input_scale, values, m, f, slot)
-        return y + mlp_scale * self.mlp(norm(y) * self.input_scale, m, f)
+        u = mix[0] * lanes[0] + mix[1] * x0
+        a = attn_scale * self.attend(norm(u) * self.input_scale, values, m, f, slot)
+        y = u + a if len(lanes) == 1 else lanes[1]
+        b = mlp_scale * self.mlp(norm(y) * self.input_scale, m, f)
+        if len(lanes) == 1:
+            return [y + b]
+        keep, gain = self.lane_keep.to(x0.dtype), self.lane_gain.to(x0.dtype)
+        return [keep[i] * lanes[i] + gain[0, i] * a + gain[1, i] * b for i in (0, 1)]
 
     def attend(self, x: Tensor, values: Tensor | None, m: Matrices, f: Forward, slot: int) -> Tensor:
         """Returns the attention's output (B, T, D) for x (B, T, D)."""
@@ -866,11 +946,16 @@ class Block(nn.Module):
         if f.cache is not None:
             k, v = f.with_past(slot, k, v)  # (B, P + T, K, d)
         q = rotate(norm(q), f.cos[-length:], f.sin[-length:]) * self.q_gain.to(x.dtype)[:, None]
-        a = attention(q, rotate(k, f.cos, f.sin), v, f.mask)  # (B, T, H, d)
+        k = rotate(k, f.cos, f.sin)
+        by, where = (attention, (f.mask,)) if f.pieces is None else (piece_attention, (f.pieces, f.longest))
+        a = by(q, k, v, *where)  # (B, T, H, d)
         if self.drops_own_value:
             a = a.unflatten(2, (K, -1))  # (B, T, K, H / K, d)
             along = F.normalize(own_value, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
-            a = a - (a * along).sum(-1, keepdim=True) * along
+            a = (a - (a * along).sum(-1, keepdim=True) * along).flatten(2, 3)
+        if self.attn_gate is not None:
+            gate = F.linear(x[..., : self.s.attn_gate_channels], self.attn_gate.to(x.dtype))  # (B, T, H)
+            a = a * (self.s.attn_gate_scale * gate).sigmoid()[..., None]
         return f.product("out", self.layer, a.flatten(2), m.out)
 
     def mlp(self, x: Tensor, m: Matrices, f: Forward) -> Tensor:
@@ -898,8 +983,9 @@ class GPT(nn.Module):
         L, V, D, bigrams = s.num_layers, s.vocab_size, s.model_dim, s.bigram_vocab_size
         KD, hidden = D // s.num_heads * s.num_kv_heads, int(s.mlp_mult * D)
         self.s, self.dtype = s, dtype
-        self.order = tuple(range(L))  # of executing the layers
-        self.encoder_length = len(self.order) // 2  # executions that leave skips
+        self.looping = True  # layers that run again do, as they always do in scoring
+        again = max(s.loop_layers, default=-1) + 1
+        self.looped_order = [*range(again), *s.loop_layers * s.loop_count, *range(again, L)]
         self.ve_layers = s.ve_layers if s.ve_enabled else ()
         self.rotary = {}  # rotary_tables() by length and window
         self.qo_bank, self.kv_bank = parameter(2 * L, D, D), parameter(2 * L, KD, D)
@@ -910,8 +996,11 @@ class GPT(nn.Module):
         values = len(self.ve_layers)
         self.ve_table, self.ve_proj, self.ve_scale = lookup_weights(V if values else 0, s.ve_dim, KD, 0.1)
         self.ve_layer_scales = parameter(values, value=1.0) if values else None
-        self.smear_gate = parameter(D)
-        self.skip_weights = parameter(self.encoder_length, D, value=1.0) if L > 1 else None
+        by_token, skips = s.smear == "token", (len(self.looped_order) // 2, D)
+        self.smear_gate = parameter((s.attn_gate_channels or 12) if by_token else D)
+        self.smear_lambda = parameter() if by_token else None
+        self.skip_weights = parameter(*skips, value=1.0) if L > 1 else None
+        self.skip_gates = parameter(*skips) if L > 1 and s.skip_gates else None
         self.blocks = nn.ModuleList(Block(s, layer) for layer in range(L))
 
     @torch.no_grad()
@@ -932,6 +1021,11 @@ class GPT(nn.Module):
             self.compile(dynamic=False, fullgraph=True)
         return self.to(device)
 
+    @property
+    def order(self) -> list[int]:
+        """The layers as they run."""
+        return self.looped_order if self.looping else [*range(len(self.blocks))]
+
     def banks(self) -> list[nn.Parameter]:
         """Returns the four banks."""
         return [getattr(self, name) for name in self.BANKS]
@@ -939,7 +1033,7 @@ class GPT(nn.Module):
     def quantized(self) -> dict[str, nn.Parameter]:
         """Returns what the artifact rounds: banks, tables and projections."""
         own = self.named_parameters(recurse=False)
-        return {name: w for name, w in own if w.dim() > 1 and name != "skip_weights"}
+        return {name: w for name, w in own if w.dim() > 1 and not name.startswith("skip_")}
 
     def matrices(self, steps: dict[str, Tensor] | None = None) -> Matrices:
         """Returns the banks cast, perhaps rounded to steps; gradients pass straight through."""
@@ -950,16 +1044,29 @@ class GPT(nn.Module):
         return Matrices(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down)
 
     def context(
-        self, length: int, cache: KVCache | None = None, moments: dict[str, Tensor] | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        moments: dict[str, Tensor] | None = None,
+        pieces: Tensor | None = None,
     ) -> Forward:
-        """Returns what the layers share when `length` positions are read."""
-        past, s, device = 0 if cache is None else cache[0].size(2), self.s, self.tok_emb.device
-        sizes = past + length, past or length
+        """Returns what the layers share when they read the last T of tokens (B, P + T).
+
+        `pieces` of documents, in training: at most TRAIN_SEQ_LEN; else they are whole.
+        """
+        past, s, length = 0 if cache is None else cache[0].size(2), self.s, tokens.size(1)
+        sizes = length, 0 if s.document_attention else past or length
         if sizes not in self.rotary:
-            tables = rotary_tables(*sizes, s.rope_dims, s.rope_base, device)
+            tables = rotary_tables(*sizes, s.rope_dims, s.rope_base, tokens.device)
             self.rotary[sizes] = [t.to(self.dtype) for t in tables]
-        mask = window_mask(past, length, device) if past else None
-        return Forward(*self.rotary[sizes], mask, cache, moments)
+        mask = window_mask(past, length - past, tokens.device) if past else None
+        longest = length if pieces is None else s.train_seq_len
+        if s.document_attention and past:
+            document = (tokens == BOS).cumsum(1)
+            mask = (mask & (document[:, past:, None] == document[:, None]))[:, None]  # (B, 1, T, P + T)
+        elif s.document_attention and pieces is None:
+            pieces = document_pieces(tokens, length)
+        return Forward(*self.rotary[sizes], mask, pieces, longest, cache, moments)
 
     def forward(
         self,
@@ -978,7 +1085,7 @@ class GPT(nn.Module):
         self, tokens: Tensor, matrices: Matrices | None = None, context: Forward | None = None
     ) -> Tensor:
         """Returns the logits (B, T, V) fp32; tokens as in forward()."""
-        context = context or self.context(tokens.size(1))
+        context = context or self.context(tokens)
         present = tokens if context.cache is None else tokens[:, 2:]  # (B, T)
         x0, values = self.embed(tokens)[:, -present.size(1) :], None
         if self.ve_layers:
@@ -993,7 +1100,7 @@ class GPT(nn.Module):
         return (x if projection is None else F.linear(x, projection.to(self.dtype))) * scale.to(self.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Returns token and hashed-bigram embedding (B, T, D), normed, smeared. Token -1 is none."""
+        """Returns token and hashed-bigram embedding (B, T, D), normed and smeared. Token -1 is none."""
         t = tokens.int()
         before = F.pad(t, (1, -1), value=-1)
         x = F.embedding(t.clamp(min=0), self.tok_emb).to(self.dtype)
@@ -1001,23 +1108,37 @@ class GPT(nn.Module):
             last = len(self.bigram_table) - 1
             bucket = torch.where(before < 0, last, (36313 * t ^ 27191 * before) % last)
             x = x + self.lookup(bucket, self.bigram_table, self.bigram_proj, self.bigram_scale)
+        if self.smear_lambda is not None:
+            gate = (x[..., : len(self.smear_gate)] @ self.smear_gate.to(x.dtype)).sigmoid()  # (B, T)
+            gate = gate * ((before >= 0) & (t != BOS)) * self.smear_lambda.to(x.dtype)
+            return norm(x + gate[..., None] * F.pad(x, (0, 0, 1, -1))) * (t >= 0)[..., None]
         x, gate = norm(x) * (t >= 0)[..., None], self.smear_gate.sigmoid().to(self.dtype)
         return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))
 
     def trunk(self, x0: Tensor, values: Tensor | None, matrices: Matrices, context: Forward) -> Tensor:
         """Returns the residual stream (B, T, D) after all layers of the embedding x0 (B, T, D)."""
-        x, skips = x0, []
+        lanes, skips, order = [x0], [], self.order
+        encoder_length = len(order) // 2  # executions that leave skips
         layers = [Matrices(*m) for m in zip(*(bank.unbind() for bank in matrices), strict=True)]
-        for slot, layer in enumerate(self.order):
+        for slot, layer in enumerate(order):
             added = None
             if layer in self.ve_layers:
-                added = self.ve_layer_scales[self.ve_layers.index(layer)].to(x.dtype) * values
-            if slot >= self.encoder_length and skips:
-                x = x + self.skip_weights[slot - self.encoder_length].to(x.dtype) * skips.pop()
-            x = self.blocks[layer](x, x0, added, layers[layer], context, slot)
-            if slot < self.encoder_length:
-                skips.append(x)
-        return x
+                added = self.ve_layer_scales[self.ve_layers.index(layer)].to(x0.dtype) * values
+            if layer == self.s.parallel_from:
+                lanes = lanes * 2
+            if slot >= encoder_length and skips:
+                lanes = [self.add_skip(lanes[0], slot - encoder_length, skips.pop()), *lanes[1:]]
+            lanes = self.blocks[layer](lanes, x0, added, layers[layer], context, slot)
+            if slot < encoder_length:
+                skips.append(lanes[0])
+        return lanes[0] if len(lanes) == 1 else (lanes[0] + lanes[1]) / 2
+
+    def add_skip(self, x: Tensor, row: int, skip: Tensor) -> Tensor:
+        """Returns x (B, T, D) with the skip of an encoder's layer."""
+        skip = self.skip_weights[row].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, self.skip_gates[row].to(x.dtype).sigmoid())
 
     def empty_cache(self, lanes: int) -> KVCache:
         """Returns the cache of streams without a past."""
@@ -1028,31 +1149,45 @@ class GPT(nn.Module):
 # ======== Optimizers and schedules ========
 
 
-def newton_schulz(G: Tensor, steps: int) -> Tensor:
-    """Returns G (..., rows, columns), singular values near 1, bf16 (https://kellerjordan.github.io/posts/muon)."""
+CLASSIC = ((3.4445, -4.775, 2.0315),)  # https://kellerjordan.github.io/posts/muon, of all steps
+POLAR = (  # Polar Express, arXiv 2505.16932, of step after step
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def newton_schulz(G: Tensor, steps: int, triples: tuple = CLASSIC) -> Tensor:
+    """Returns G (..., rows, columns), singular values near 1, bf16, by triples of coefficients."""
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in islice(cycle(triples), steps):
         A = X @ X.mT
-        X = 3.4445 * X + (-4.775 * A + 2.0315 * (A @ A)) @ X
+        X = a * X + (b * A + c * (A @ A)) @ X
     return X.mT if tall else X
 
 
-@cache
-def _compiled_newton_schulz() -> Callable[[Tensor, int], Tensor]:
-    return torch.compile(newton_schulz, dynamic=False, fullgraph=True)
+compiled = cache(partial(torch.compile, dynamic=False, fullgraph=True))
 
 
-def orthogonalize(G: Tensor, steps: int) -> Tensor:
-    """Returns newton_schulz(G, steps), compiled on a GPU."""
-    return _compiled_newton_schulz()(G, steps) if G.is_cuda else newton_schulz(G, steps)
+def orthogonalize(G: Tensor, steps: int, triples: tuple = CLASSIC) -> Tensor:
+    """Returns newton_schulz(G, steps, triples), compiled on a GPU."""
+    return (compiled(newton_schulz) if G.is_cuda else newton_schulz)(G, steps, triples)
 
 
-def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int) -> Tensor:
-    """Returns Nesterov's update (n, rows, columns) bf16, orthogonalised; the buffer is updated."""
+def nesterov_update(grad: Tensor, buffer: Tensor, momentum: float, *, row_norm: bool = False) -> Tensor:
+    """Returns Nesterov's update (n, rows, columns) bf16, before Newton-Schulz; the buffer is updated.
+
+    Row norm: rows are divided by their norms (MuonEq-R, parameter-golf #1285).
+    """
     g = grad.bfloat16()
-    return orthogonalize(g.add(buffer.mul_(momentum).add_(g), alpha=momentum), steps)
+    update = g.add(buffer.mul_(momentum).add_(g), alpha=momentum)
+    if row_norm:
+        update = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).bfloat16()
+    return update
 
 
 def apply_muon_update(bank: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
@@ -1061,97 +1196,66 @@ def apply_muon_update(bank: Tensor, update: Tensor, lr: float, weight_decay: flo
     bank.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * shape_factor)
 
 
-class Optimizers:
-    """Muon for the banks, shared out over the ranks, and AdamW for the rest.
+class Optimizers(Stateful):
+    """Muon for the banks and AdamW for the rest. Of each bank's update a rank orthogonalises its share."""
 
-    A rank clips by the norm of all and orthogonalises its share (n / W, rows, columns) of each bank's sum;
-    updates are exchanged while AdamW runs.
-    """
+    STATE = ("adamw", "momentum")
 
     def __init__(self, model: GPT, s: Settings):
-        self.model, self.s, W = model, s, world_size()
+        self.model, self.s = model, s
         self.banks = sorted(model.banks(), key=torch.numel, reverse=True)  # largest first
-        self.momentum = [torch.zeros_like(bank.chunk(W)[0], dtype=torch.bfloat16) for bank in self.banks]
-        rates, groups = dict.fromkeys(("tok_emb", "bigram_table", "ve_table"), s.tied_embed_lr), {}
+        self.momentum = [torch.zeros_like(bank, dtype=torch.bfloat16) for bank in self.banks]
+        self.triples = POLAR if s.ns_coefficients == "polar" else CLASSIC
+        tables, groups = ("tok_emb", "bigram_table", "ve_table"), {}
+        embed_wd = s.adam_wd if s.embed_wd < 0 else s.embed_wd
         for name, p in model.named_parameters():
             if name not in model.BANKS:
-                groups.setdefault(rates.get(name, s.scalar_lr), []).append(p)
-        adam = {"betas": (s.beta1, s.beta2), "eps": s.adam_eps, "weight_decay": s.adam_wd, "fused": True}
-        self.adamw = torch.optim.AdamW([{"base_lr": lr, "params": p} for lr, p in groups.items()], **adam)
-        self.rest = sum(groups.values(), [])
-
-    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns gradients, summed over the ranks: this rank's share of each bank's, all others."""
-        W, rest = world_size(), [p.grad for p in self.rest]
-        if W == 1:
-            return [bank.grad for bank in self.banks], rest
-        shards = [torch.empty_like(buffer, dtype=torch.float32) for buffer in self.momentum]
-        for bank, shard in zip(self.banks, shards, strict=True):
-            missing = len(shard) * W - len(bank)  # matrices that fill up the last shares
-            dist.reduce_scatter(shard, list(F.pad(bank.grad, (0, 0, 0, 0, 0, missing)).chunk(W)))
-        all_reduce_list(rest)
-        return shards, rest
+                rule = (s.tied_embed_lr, embed_wd) if name in tables else (s.scalar_lr, s.adam_wd)
+                groups.setdefault(rule, []).append(p)
+        split = [{"base_lr": lr, "weight_decay": decay, "params": p} for (lr, decay), p in groups.items()]
+        self.adamw = torch.optim.AdamW(split, betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=True)
+        self.weights = self.banks + sum(groups.values(), [])
 
     @torch.no_grad()
     def step(self, multiplier: float, momentum: float) -> Tensor:
         """Move the weights, drop their gradients and return the norm before clipping, ()."""
-        s, W, (shards, rest) = self.s, world_size(), self.gradients()
-        self.norms = torch.stack(torch._foreach_norm(shards + rest))
-        squares, own = self.norms.square(), len(shards)
-        total = (all_reduce(squares[:own].sum()) + squares[own:].sum()).sqrt()
+        s, grads = self.s, [w.grad for w in self.weights]
+        all_reduce_list(grads)
+        squares = torch.stack(torch._foreach_norm(grads)).square()
+        total = sum(part.sum() for part in squares.tensor_split([len(self.banks)])).sqrt()
         if s.grad_clip_norm:
-            torch._foreach_mul_(shards + rest, (s.grad_clip_norm / (total + 1e-6)).clamp(max=1))
-        updates, exchanges = [], []
-        for shard, buffer in zip(shards, self.momentum, strict=True):
-            own_update = muon_update(shard, buffer, momentum, s.muon_backend_steps).contiguous()
-            updates.append(own_update.repeat(W, 1, 1))
-            if W > 1:
-                exchanges.append(dist.all_gather(list(updates[-1].chunk(W)), own_update, async_op=True))
+            torch._foreach_mul_(grads, (s.grad_clip_norm / (total + 1e-6)).clamp(max=1))
+        for bank, buffer in zip(self.banks, self.momentum, strict=True):
+            low, high = share(len(bank))
+            update = nesterov_update(bank.grad, buffer, momentum, row_norm=s.muon_row_norm)
+            own = orthogonalize(update[low:high], s.muon_backend_steps, self.triples)
+            update.zero_()[low:high] = own
+            apply_muon_update(bank, all_reduce(update), s.matrix_lr * multiplier, s.muon_wd)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
-        for exchange in exchanges:
-            exchange.wait()
-        for bank, update in zip(self.banks, updates, strict=True):
-            apply_muon_update(bank, update[: len(bank)], s.matrix_lr * multiplier, s.muon_wd)
         self.model.zero_grad()
         return total
 
-    def first_not_finite(self) -> str:
-        """Returns the first weight whose last gradient was not finite, on any rank. All ranks ask."""
-        bad = all_reduce(self.norms.clone()).isfinite().logical_not().tolist()
-        wrong = [p for p, is_bad in zip(self.banks + self.rest, bad, strict=True) if is_bad]
-        return next((name for name, p in self.model.named_parameters() if wrong and p is wrong[0]), "")
 
-    def state_dict(self) -> State:
-        """Returns AdamW's state and whole banks' momenta, whatever W is. All ranks ask."""
-        whole = []
-        for bank, own in zip(self.banks, self.momentum, strict=True):
-            shards = [torch.empty_like(own) if world_size() > 1 else own for _ in range(world_size())]
-            if world_size() > 1:
-                dist.all_gather(shards, own)
-            whole.append(torch.cat(shards)[: len(bank)])
-        return {"adamw": self.adamw.state_dict(), "momentum": whole}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from a state_dict(), perhaps of other ranks."""
-        self.adamw.load_state_dict(state["adamw"])
-        for buffer, whole in zip(self.momentum, state["momentum"], strict=True):
-            own = whole[rank() * len(buffer) :][: len(buffer)]
-            buffer.zero_()[: len(own)] = own
+def share_done(step: int, s: Settings, elapsed: float, budget: float) -> float:
+    """Returns the share of training that is done, of steps or of seconds."""
+    return min(1.0, max(step / max(s.iterations, 1), elapsed / max(budget, 1e-9)))
 
 
 def warmdown_left(step: int, s: Settings, elapsed: float, budget: float) -> float:
-    """Returns the share of the warm-down to come, 1 to 0: by time alone if the budget is finite."""
+    """Returns the share of the warm-down to come, 1 to 0; WARMDOWN_ITERS: by time alone if that is finite."""
+    if s.warmdown_fraction:
+        return min(1.0, (1 - share_done(step, s, elapsed, budget)) / s.warmdown_fraction)
     steps = s.iterations - step
     if budget < math.inf:
         steps = max(budget - elapsed, 0) * max(step, 1) / max(elapsed, 1e-9)
     return min(1.0, steps / max(s.warmdown_iters, 1))
 
 
-def lr_multiplier(left: float) -> float:
+def lr_multiplier(left: float, s: Settings) -> float:
     """Returns the learning rates' factor when a share `left` of the warm-down is to come."""
-    return left
+    return max(left, s.min_lr)
 
 
 def muon_momentum(step: int, s: Settings) -> float:
@@ -1160,35 +1264,9 @@ def muon_momentum(step: int, s: Settings) -> float:
     return float(np.interp(step, steps, (s.muon_momentum_warmup_start, s.muon_momentum)))
 
 
-# ======== Averaging ========
-
-
-class Averages(Stateful):
-    """Weights for held-out text to choose from: the last step's, their exponential and plain average."""
-
-    STATE = ("ema", "swa", "samples")
-
-    def __init__(self, weights: list[Tensor], s: Settings):
-        self.weights, self.s, self.swa, self.samples = weights, s, [], 0
-        self.ema = copies(weights) if s.ema_enabled else []
-
-    @torch.no_grad()
-    def update(self, step: int, left: float) -> bool:
-        """Add the weights, `left` of the warm-down to come; return if the plain average begins."""
-        decay = min(self.s.ema_decay, (1 + step) / (10 + step))  # rises, or short runs would keep their start
-        if self.ema:
-            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
-        if not self.s.swa_enabled or left >= 0.2 or step % self.s.swa_every != 0:
-            return False
-        self.samples += 1
-        self.swa = self.swa or copies(self.weights)
-        torch._foreach_lerp_(self.swa, self.weights, 1 / self.samples)
-        return self.samples == 1
-
-    def candidates(self) -> dict[str, list[Tensor]]:
-        """Returns what there is to choose from."""
-        every = {"raw": copies(self.weights), "ema": self.ema, "swa": self.swa}
-        return {name: values for name, values in every.items() if values}
+def ema_decay(step: int, s: Settings) -> float:
+    """Returns the decay of the average weights: it rises, or short runs would keep their start."""
+    return min(s.ema_decay, (1 + step) / (10 + step))
 
 
 # ======== Quantization ========
@@ -1202,14 +1280,10 @@ CALIBRATION_TOKENS = 2048  # whose squared gradient is one sample of the Fisher 
 Steps = dict[str, Tensor]  # NAME of a weight (..., rows, columns) -> step of each row (..., rows, 1) fp32
 
 
-def round_to(w: Tensor, step: Tensor, limit: int) -> Tensor:
-    """Returns w in steps, rounded to integers within [-limit, limit]."""
-    return (w / step).round().clamp(-limit, limit)
-
-
 def rounded_for_training(bank: Tensor, step: Tensor) -> Tensor:
     """Returns the bank on its grid; the gradient passes straight through."""
-    return (round_to(bank, step, MOST) * step).detach() + (bank - bank.detach())
+    rounded = (bank / step).round().clamp(-MOST, MOST) * step
+    return rounded.detach() + (bank - bank.detach())
 
 
 class Calibration(NamedTuple):
@@ -1220,16 +1294,16 @@ class Calibration(NamedTuple):
 
 
 def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS) -> Calibration:
-    """Returns moments and Fisher information on tokens (N + 1,), over all ranks. Raises RunError."""
+    """Returns moments and Fisher information on tokens (N + 1,), over all ranks. Raises Stopped."""
     number = (len(tokens) - 1) // seq_len * seq_len
     groups = tokens[:number].view(-1, seq_len).long().split(max(1, CALIBRATION_TOKENS // seq_len))
     weights, matrices, (low, high) = model.quantized(), model.matrices(), share(len(groups))
     fisher = {name: torch.zeros_like(w[..., :1]) for name, w in weights.items()}
     shapes = {name: (len(m), m.size(2), m.size(2)) for name, m in matrices._asdict().items()}
     moments = {name: torch.zeros(shape, device=tokens.device) for name, shape in shapes.items()}
-    context = model.context(seq_len, moments=moments)
     for i in range(low, high):
         report_progress(hooks, "calibration", (i + 1 - low) / (high - low))
+        context = model.context(groups[i], moments=moments)
         logits = model.logits(groups[i], matrices, context).flatten(0, 1)
         generator = torch.Generator(tokens.device).manual_seed(i)
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
@@ -1241,11 +1315,6 @@ def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS)
     sums = [*moments.values(), *fisher.values()]
     all_reduce_list(sums)
     torch._foreach_div_(sums, number)
-    finite = all(f.isfinite().all() for f in fisher.values())  # else training will say what is wrong
-    for name, bank in moments.items():  # waits for the device
-        unseen = [layer for layer, m in enumerate(bank) if not m.any()]
-        if unseen and finite:
-            raise RunError(f"calibration: no inputs of the matrices '{name}' of layers {unseen}")
     return Calibration(moments, fisher)
 
 
@@ -1283,11 +1352,11 @@ class Factor(NamedTuple):
 
 
 def factor(moments: Tensor) -> Factor:
-    """Returns GPTQ's factors of moments (n, columns, columns), which are overwritten."""
+    """Returns GPTQ's factors of moments (n, columns, columns), not 0, which are overwritten."""
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     for m, o in zip(moments, order, strict=True):
         damped = m[o][:, o]
-        damped.diagonal().add_((0.05 * m.trace() / len(m)).clamp_min(1e-9))
+        damped.diagonal().add_(0.05 * m.trace() / len(m))
         m.copy_(torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True))
     return Factor(order, moments)
 
@@ -1367,18 +1436,18 @@ def estimate_bytes(stored: Named) -> float:
 SLACK_BYTES = 20_000  # allowed below the limit
 
 
-def fit_knob(s: Settings, model: GPT, size: Callable[[float], float], limit: int, knob: float) -> float:
-    """Returns MATRIX_STEP if its size(knob) fits, else a knob for (limit - SLACK_BYTES, limit] bytes.
+def fit_knob(model: GPT, size: Callable[[float], float], limit: int, knob: float) -> float:
+    """Returns knob 1 if its size(knob) fits, else one for (limit - SLACK_BYTES, limit] bytes.
 
     Twice the knob takes a bit from each weight. The knob is the one that size() saw last, of 16 at most.
     """
     weights = sum(map(torch.numel, model.quantized().values()))
     for tries in count(1):
         excess = size(knob) - limit
-        fits = excess <= 0 and (excess > -SLACK_BYTES or knob <= s.matrix_step)
-        if fits or knob > 1000 * s.matrix_step or tries == 16:
+        fits = excess <= 0 and (excess > -SLACK_BYTES or knob <= 1)
+        if fits or knob > 1000 or tries == 16:
             break
-        knob = max(s.matrix_step, knob * 2 ** (8 * (excess + 0.4 * SLACK_BYTES) / weights))
+        knob = max(1.0, knob * 2 ** (8 * (excess + 0.4 * SLACK_BYTES) / weights))
     return knob
 
 
@@ -1488,10 +1557,10 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
         arrays = dict(np.load(io.BytesIO(lzma.decompress(data[SIDE_START:end]))))
         header = json.loads(bytes(arrays.pop("header")))
         texts, columns = header["settings"], header["columns"]
-        strange = {name for name in texts if name not in KEPT and texts[name] != RETIRED.get(name.upper())}
-        if strange := strange | set(FIXED) - set(texts):
-            raise ValueError(f"settings of another version: {' '.join(sorted(strange)).upper()}")
-        settings = {name: parse_value(name.upper(), str(texts[name])) for name in texts if name in KEPT}
+        if texts["recipe"] == "best":  # the record's model, scored otherwise
+            texts["recipe"] = "record"
+        settings = {name: FIELDS[name.upper()].default for name in FIXED}  # of what was added later
+        settings |= {name: parse_value(name.upper(), str(texts[name])) for name in texts if name in KEPT}
         contexts = {name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in columns.items()}
         flat = np.concatenate([context.ravel() for context in contexts.values()])
         symbols = rans_decode(np.uint64(arrays.pop("frequency")), flat, data[end:]) - MOST
@@ -1502,16 +1571,6 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
         return Artifact(header["tokenizer"], settings, stored)
     except Exception as e:
         raise RunError(f"artifact {path}: not of this version's format ({e})") from None
-
-
-def settings_for_scoring(environ: Mapping[str, str], artifact: Artifact, run_id: str) -> Settings:
-    """Returns an artifact's settings under the environment's. Raises RunError."""
-    s = parse_settings(environ, artifact.settings | {"run_id": run_id})
-    for name in FIXED:
-        if getattr(s, name) != artifact.settings[name]:
-            kept = show(artifact.settings[name])
-            raise RunError(f"{assignments(s, [name.upper()])}, but the artifact has {kept}")
-    return s
 
 
 def load_for_scoring(artifact: Artifact, path: Path, run: Run, fingerprint: str) -> GPT:
@@ -1581,19 +1640,23 @@ class Scorer:
         self.targets = len(tokens) - 1
         self.window = min(window, self.targets)
         self.batch = max(1, batch_tokens // self.window)
-        self.segment = ceil_div(self.window, 4)
 
     def ids(self, at: Tensor) -> Tensor:
         """Returns the tokens at positions, int64, -1 before the text."""
         return torch.where(at < 0, -1, self.tokens[at.clamp(0, self.targets)]).long()
+
+    def context(self, at: Tensor, cache: KVCache | None) -> Forward:
+        """Returns what the layers share when positions (B, T) are read behind a cache."""
+        past = 0 if cache is None else cache[0].size(2)
+        tokens = self.ids(at[:, :1] + torch.arange(-past, at.size(1), device=at.device))  # (B, P + T)
+        return self.model.context(tokens, cache)
 
     def read(self, at: Tensor, matrices: Matrices, cache: KVCache | None = None) -> Read:
         """Read positions (B, T), in a stream behind a cache, which is brought up to date."""
         before, seen = cache and list(cache), at
         if cache is not None:  # the embedding also looks at the two tokens before
             seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
-        context = self.model.context(at.size(1), cache)
-        losses = self.model(self.ids(seen), self.ids(at + 1), matrices, context)
+        losses = self.model(self.ids(seen), self.ids(at + 1), matrices, self.context(at, cache))
         read = Read(self, at, matrices, before, losses)
         self.hooks.on_read(read)
         return read
@@ -1609,34 +1672,24 @@ class Scorer:
         return sums
 
     @torch.no_grad()
-    def sums(self, plan: Tensor, length: int = 0, stage: str = "") -> Tensor:
-        """Returns measure() of a plan (n, 3), over all ranks; if `length` exceeds a window, as a stream."""
-        (low, high), device, length = share(len(plan)), self.tokens.device, max(length, self.window)
+    def sums(self, plan: Tensor, stage: str = "") -> Tensor:
+        """Returns measure() of a plan of windows (n, 3), over all ranks."""
+        (low, high), device = share(len(plan)), self.tokens.device
         batch = self.batch if self.tokens.is_cuda else max(1, min(self.batch, high - low))
         filled = F.pad(plan[low:high], (0, 0, 0, (low - high) % batch))  # by rows that score nothing
         batches = filled.to(device)[..., None].split(batch)
         sums, matrices = torch.zeros(3, dtype=torch.float64, device=device), self.model.matrices()
         for i, rows in enumerate(batches):
             start, begin, end = rows.unbind(1)  # (B, 1) each
-            cache = self.model.empty_cache(len(rows)) if length > self.window else None
-            for offset in (0, *range(self.window, length, self.segment)):
-                at = start + offset + torch.arange(self.segment if offset else self.window, device=device)
-                sums += self.measure(self.read(at, matrices, cache), begin, end)
-                if stage:
-                    done = i + min(1, (offset + self.window) / length)
-                    report_progress(self.hooks, stage, done / len(batches))
+            at = start + torch.arange(self.window, device=device)
+            sums += self.measure(self.read(at, matrices), begin, end)
+            if stage:
+                report_progress(self.hooks, stage, (i + 1) / len(batches))
         return all_reduce(sums)
 
     def score_windows(self, stride: int, stage: str = "scoring") -> Score:
         """Returns the score by windows of `stride` targets each."""
-        return Score(*self.sums(plan_windows(self.targets, self.window, stride), 0, stage).tolist())
-
-    def score_streams(self) -> Score:
-        """Returns the score by lanes; their first windows, only context, are 1/16 of the text at most."""
-        lanes = min(SPANS * self.batch, self.targets // (16 * self.window)) or 1
-        length = self.window + ceil_div(self.targets - self.window, lanes)
-        plan = plan_windows(self.targets, length, max(1, length - self.window))
-        return Score(*self.sums(plan, length, "streaming").tolist())
+        return Score(*self.sums(plan_windows(self.targets, self.window, stride), stage).tolist())
 
 
 # ======== Test-time training ========
@@ -1698,15 +1751,6 @@ class SlidingMode:
         windows = (plan[:, 1] // s.ttt_chunk_tokens).bincount(minlength=self.chunks)
         self.plans = plan.split(windows.tolist())  # by first target
 
-    @staticmethod
-    def window(s: Settings) -> int:
-        """Returns the windows' length."""
-        return s.eval_seq_len
-
-    def score(self) -> Score:
-        """Returns the whole text's score, without learning."""
-        return self.scorer.score_windows(self.s.eval_stride, "sliding")
-
     def score_chunk(self, chunk: int) -> Tensor:
         """Returns a chunk's sums (3,) fp64, over all ranks."""
         return self.scorer.sums(self.plans[chunk])
@@ -1740,15 +1784,6 @@ class StreamingMode:
         self.s, self.scorer, self.learner = s, scorer, learner
         self.chunks = 1 + ceil_div(scorer.targets - scorer.window, s.ttt_chunk_tokens)
 
-    @staticmethod
-    def window(s: Settings) -> int:
-        """Returns how much a position sees."""
-        return s.eval_window or s.eval_seq_len
-
-    def score(self) -> Score:
-        """Returns the whole text's score, without learning."""
-        return self.scorer.score_streams()
-
     def read(self, chunk: int) -> Read:
         """Read a chunk behind what was before it."""
         low, length = 0, self.scorer.window
@@ -1774,14 +1809,7 @@ class StreamingMode:
             self.learner.update(read.losses.sum() / self.s.ttt_chunk_tokens, self.s.ttt_lr)
 
 
-Mode = SlidingMode | StreamingMode
 EVAL_MODES = {"sliding": SlidingMode, "streaming": StreamingMode}
-
-
-def chunk_epochs(s: Settings, val_loss: float, late: bool) -> int:
-    """Returns how often to learn from a chunk of that mean loss."""
-    change = int(val_loss > s.ttt_entropy_high and not late) - int(0 < val_loss < s.ttt_entropy_low)
-    return max(s.ttt_epochs + change * s.ttt_entropy_adapt, 1)
 
 
 class Pace(Stateful):
@@ -1795,18 +1823,20 @@ class Pace(Stateful):
         self.limit = 0.97 * s.eval_max_seconds * (0.97 if s.audit else 1)  # a reserve; an audit may take 3%
         self.rate, self.credit = 1.0, 0.0  # share of the wanted epochs; epochs that are due
         self.scoring, self.learning = 0.0, 0.0  # seconds to score a chunk; for an epoch on one
-        self.now = from_rank0(clock.seconds() - clock.apart)
+        self.now = from_rank0(clock.seconds())
 
     def time(self, chunk: int) -> float:
         """Returns the seconds so far, or 0 for chunks in which nobody looks."""
         looks = chunk % max(1, self.chunks // self.CHECKS) == 0
-        return self.clock.seconds() - self.clock.apart if looks else 0.0
+        return self.clock.seconds() if looks else 0.0
 
     def epochs(self, sums: Tensor) -> int:
         """Returns how often to learn from a chunk with these sums (3,)."""
-        val_loss = Score(*sums.tolist()).val_loss if self.s.ttt_entropy_adapt else 0
-        late = self.now > 0.85 * self.s.eval_time_soft_cap_seconds
-        self.credit = round(self.credit % 1 + self.rate * chunk_epochs(self.s, val_loss, late), 6)
+        s, wanted = self.s, self.s.ttt_epochs
+        if s.ttt_entropy_adapt:
+            val_loss, late = Score(*sums.tolist()).val_loss, self.now > 0.85 * s.eval_time_soft_cap_seconds
+            wanted += int(val_loss > s.ttt_entropy_high and not late) - int(0 < val_loss < s.ttt_entropy_low)
+        self.credit = round(self.credit % 1 + self.rate * max(wanted, 1), 6)
         return int(self.credit)
 
     def end(self, chunk: int, start: float, scored: float, epochs: int) -> None:
@@ -1826,7 +1856,7 @@ class TestTimeTraining(Stateful):
     STATE = ("records", "learner", "pace")
     __test__ = False  # says pytest
 
-    def __init__(self, mode: Mode, clock: Clock | None = None, log: Log | None = None):
+    def __init__(self, mode: SlidingMode | StreamingMode, clock: Clock | None = None, log: Log | None = None):
         self.mode, self.learner, self.log, self.hooks = mode, mode.learner, log, mode.learner.hooks
         self.pace = Pace(mode.s, mode.chunks, clock or Clock())
         self.records = []  # of each chunk: sums (3,) fp64, epochs
@@ -1840,7 +1870,7 @@ class TestTimeTraining(Stateful):
             start, epochs = pace.time(c), 0
             sums = mode.score_chunk(c)
             total, scored = total + sums, pace.time(c)
-            if mode.context_chunks <= c < n - 1:
+            if mode.context_chunks <= c < n - 1 and mode.s.ttt_enabled:
                 epochs = pace.epochs(sums)
                 mode.learn_chunk(c, epochs)
             pace.end(c, start, scored, epochs)
@@ -1850,9 +1880,9 @@ class TestTimeTraining(Stateful):
                 raise Stopped
             self.hooks.on_progress("TTT", (c + 1) / n)
             if self.log and (c % ceil_div(n, 20) == 0 or c == n - 1):
-                bpb, seconds = Score(*total.tolist()).val_bpb, clock.seconds()
-                line = f"ttt_chunk [{c + 1}/{n}] bpb={bpb:.6f} time={seconds:.1f}s"
-                self.log.event("ttt_chunk", line, chunk=c + 1, chunks=n, bpb=bpb, seconds=seconds)
+                values = {"chunk": c + 1, "bpb": Score(*total.tolist()).val_bpb, "seconds": clock.seconds()}
+                line = "ttt_chunk [{chunk}/{chunks}] bpb={bpb:.6f} time={seconds:.1f}s"
+                self.log.event("ttt_chunk", line.format(chunks=n, **values), chunks=n, **values)
         return Score(*total.tolist())
 
 
@@ -1862,18 +1892,15 @@ class Evaluation(Stateful):
     STATE = ("scores", "seconds", "clock", "ttt")
 
     def __init__(self, run: Run, model: GPT, tokens: Tensor, tables: ByteTables):
-        s, self.run_of, self.model, self.clock = run.settings, run, model, Clock(model.tok_emb.device)
-        batch, mode_of = s.val_batch_size // SPANS, EVAL_MODES[s.eval_mode]
-        windows = Scorer(model, tokens, tables, s.eval_seq_len, batch, run.hooks)
-        scorer = Scorer(model, tokens, tables, mode_of.window(s), batch, run.hooks)
-        mode = mode_of(s, scorer, Learner(model, s, run.hooks))
+        s, self.run_of, self.model, self.clock = run.settings, run, model, Clock()
+        scorer = Scorer(model, tokens, tables, s.window, s.val_batch_size // SPANS, run.hooks)
+        mode = EVAL_MODES[s.eval_mode](s, scorer, Learner(model, s, run.hooks))
         self.ttt = TestTimeTraining(mode, self.clock, run.log)
-        self.stages = {
-            "final_int6_roundtrip": lambda: windows.score_windows(s.eval_seq_len, "roundtrip"),
-            mode.stage: mode.score,
-        }
-        if s.ttt_enabled:
-            self.stages["legal_ttt"] = self.ttt.run
+        self.stages = {"final_int6_roundtrip": lambda: scorer.score_windows(s.window, "roundtrip")}
+        if s.eval_mode == "sliding":
+            self.stages[mode.stage] = lambda: scorer.score_windows(s.eval_stride, "sliding")
+        if s.ttt_enabled or s.eval_mode == "streaming":  # a stream that does not learn is one stage, too
+            self.stages["legal_ttt" if s.ttt_enabled else mode.stage] = self.ttt.run
         self.scores, self.seconds = {}, {}  # of each stage that is done
 
     def run(self) -> None:
@@ -1882,10 +1909,7 @@ class Evaluation(Stateful):
             done = name in self.scores
             score = Score(*self.scores[name]) if done else stage()
             if not math.isfinite(score.nats):
-                weights = self.model.named_parameters()
-                bad = next((name for name, w in weights if not w.isfinite().all()), "the activations")
-                what = f"{name}: the loss is {score.nats}, first in {bad}"
-                raise RunError(f"{what}; lower TTT_LR or the learning rates")
+                raise RunError(f"{name}: the loss is {score.nats}; lower TTT_LR or the learning rates")
             if not done:
                 self.scores[name] = tuple(score)
                 self.seconds[name] = self.clock.seconds() - sum(self.seconds.values())
@@ -1895,10 +1919,11 @@ class Evaluation(Stateful):
 
 def report_stage(run: Run, name: str, score: Score, seconds: float) -> None:
     """Log the score of a stage that took so long."""
-    scores, memory = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}, peak_memory()
-    line = f"{name} eval_time:{1000 * seconds:.0f}ms, peak memory {memory:.0f} MiB\n{name}_exact "
-    line += " ".join(f"{key}:{value:.8f}" for key, value in scores.items())
-    run.log.event("stage", line, stage=name, **scores, eval_time=1000 * seconds, memory=memory)
+    values = {"stage": name, "val_loss": score.val_loss, "val_bpb": score.val_bpb}
+    values |= {"eval_time": 1000 * seconds, "memory": peak_memory()}
+    line = "{stage} eval_time:{eval_time:.0f}ms, peak memory {memory:.0f} MiB\n"
+    line += "{stage}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
+    run.log.event("stage", line.format_map(values), **values)
 
 
 # ======== Training ========
@@ -1910,29 +1935,26 @@ TIMES = "train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms"
 class Trainer(Stateful):
     """Trains a model under the clock. Making one opens shards, draws weights, raises RunError, OSError."""
 
-    STATE = ("shard_lengths", "done", "elapsed", "weights", "optimizers", "averages", "base", "knob")
+    STATE = ("done", "elapsed", "weights", "optimizers", "ema", "base", "knob")
 
     def __init__(self, run: Run):
         s, self.run_of, self.device = run.settings, run, run.device
         self.s, shards = s, open_shards(s.data_path, "train")
         self.shards, holdout = split_holdout(shards, s.holdout_tokens, s.train_seq_len)
-        self.shard_lengths = [len(shard) for shard in self.shards]
         self.loader = partial(span_loader, self.shards, s.train_batch_tokens // SPANS, s.vocab_size)
         self.holdout_tokens = check_ids(holdout, s.vocab_size, "held-out tail").to(self.device)
         torch.manual_seed(s.seed)
         self.model = GPT(s, run.dtype).initialize().on(self.device)
         self.weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, s)
-        self.averages = Averages(self.weights, s)
+        self.ema = copies(self.weights) if s.ema_enabled else []
         self.base: Steps | None = None  # before the knob, once rounding has begun
-        self.steps, self.knob = None, s.matrix_step
+        self.steps, self.knob = None, 1.0
         self.done, self.elapsed = 0, 0.0  # steps, seconds so far
+        self.piece = 0  # longest one of a document now
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state_dict(). Raises RunError for other shards."""
-        if state["shard_lengths"] != self.shard_lengths:
-            lengths = f"train shards of {state['shard_lengths']} tokens, not {self.shard_lengths}"
-            raise RunError(f"{state.get('source', 'state')}: made with {lengths}")
+        """Go on from a state_dict()."""
         super().load_state_dict(state)
         self.steps = None if self.base is None else scaled(self.base, self.knob)
 
@@ -1950,13 +1972,17 @@ class Trainer(Stateful):
 
     def train_step(self, spans: Tensor, multiplier: float, momentum: float) -> Tensor:
         """Learn from spans (SPANS / W, span + 1); return this rank's part of the loss, norm: (2,)."""
-        s, spans = self.s, spans.to(self.device, non_blocking=True).long()
-        rows = max(1, (s.micro_batch_tokens or s.train_batch_tokens // SPANS) // s.train_seq_len)
-        inputs, targets = (t.reshape(-1, s.train_seq_len).split(rows) for t in (spans[:, :-1], spans[:, 1:]))
-        matrices, context, loss = self.model.matrices(self.steps), self.model.context(s.train_seq_len), 0
+        s, length, pieces = self.s, self.s.train_seq_len, [None] * len(spans)
+        if s.document_attention:  # a row is a span; nobody waits for the device
+            length = spans.size(1) - 1
+            pieces = [document_pieces(span[None, :-1], self.piece).to(self.device) for span in spans]
+        spans = spans.to(self.device, non_blocking=True).long()
+        matrices, loss = self.model.matrices(self.steps), 0
         leaves = Matrices(*(m.detach().requires_grad_() for m in matrices))  # whose gradients are cast once
         sums = [torch.zeros_like(m, dtype=torch.float32) for m in matrices]
-        for x, y in zip(inputs, targets, strict=True):
+        for span, own in zip(spans, pieces, strict=True):
+            x, y = span[:-1].view(-1, length), span[1:].view(-1, length)
+            context = self.model.context(x, pieces=own)
             part = self.model(x, y, leaves, context).sum() / s.train_batch_tokens
             part.backward()
             loss += part.detach()
@@ -1966,6 +1992,12 @@ class Trainer(Stateful):
         torch.autograd.backward(matrices, [t.to(m.dtype) for t, m in zip(sums, matrices, strict=True)])
         return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
 
+    def enter(self, share: float) -> None:
+        """Do what is planned when a share of training is done: loops on, documents in longer pieces."""
+        self.model.looping = share >= self.s.loop_from
+        schedule = self.s.train_seq_schedule or ((self.s.train_seq_len, 0),)
+        self.piece = max(length for length, start in schedule if start <= share)
+
     def fix_steps(self, fisher: Named, limit: int) -> None:
         """Choose each row's step so that about `limit` bytes come out."""
         self.base = base_steps(self.model, fisher)
@@ -1973,7 +2005,7 @@ class Trainer(Stateful):
         def size(knob: float) -> float:
             return estimate_bytes(quantize(self.model.state_dict(), scaled(self.base, knob)))
 
-        self.knob = from_rank0(fit_knob(self.s, self.model, size, limit, self.s.matrix_step))
+        self.knob = from_rank0(fit_knob(self.model, size, limit, 1.0))
         self.steps = scaled(self.base, self.knob)
 
     def warm_up(self) -> float:
@@ -1985,14 +2017,11 @@ class Trainer(Stateful):
         with self.loader() as spans:
             for i in range(s.warmup_steps):
                 report_progress(self.run_of.hooks, "warm-up", i / s.warmup_steps)
-                step = Clock()
+                self.enter((i + 1) % 2)  # both orders of layers
                 self.train_step(together(spans.__next__), 1.0, s.muon_momentum)
-                if i == 1:  # the first is slower; what reads the part costs 2.7 times learning from it
-                    more = s.warmup_steps - 2 + 2.7 * part / s.train_batch_tokens
-                    log.event("warming_up", left=1000 * more * step.seconds())
         copy_weights(self.weights, before)
         self.optimizers = Optimizers(self.model, s)
-        passes = 2 + s.ema_enabled + s.swa_enabled  # of each candidate, and one to spare
+        passes = 2 + s.ema_enabled  # of each candidate, and one to spare
         for action, times in ((self.holdout_loss, passes), (self.calibrate, 1.5)):
             action(part + 1)  # the first time is slower
             again = Clock()
@@ -2006,8 +2035,7 @@ class Trainer(Stateful):
         """Train till steps or rank 0's time are used up, choose, calibrate. Raises RunError, Stopped."""
         s, log, hooks = self.s, self.run_of.log, self.run_of.hooks
         budget = (s.max_wallclock_seconds or math.inf) - self.warm_up()
-        self.averages, restored = Averages(self.weights, s), hooks.restore_training()
-        if restored is not None:
+        if (restored := hooks.restore_training()) is not None:
             self.load_state_dict(restored)
             log.event("resumed", step=self.done)
         clock = Clock()
@@ -2016,6 +2044,7 @@ class Trainer(Stateful):
             while True:
                 expected = self.elapsed + self.elapsed / max(self.done, 1)  # after one more step
                 last = self.done == s.iterations or (self.done > 0 and expected > budget)
+                self.enter(1 if last else share_done(self.done, s, self.elapsed, budget))
                 if last or (s.val_loss_every and self.done % s.val_loss_every == 0):
                     pause, score = Clock(), validate()
                     measured = f"val_loss:{{val_loss:.4f}} val_bpb:{{val_bpb:.4f}} {TIMES}"
@@ -2030,18 +2059,19 @@ class Trainer(Stateful):
                 if s.late_qat and self.done and left < s.late_qat_threshold and self.steps is None:
                     self.fix_steps(self.calibrate().fisher, limit)
                     log.event("late_qat", step=self.done, knob=self.knob)
-                multiplier, momentum = lr_multiplier(left), muon_momentum(self.done, s)
+                multiplier, momentum = lr_multiplier(left, s), muon_momentum(self.done, s)
                 measured = self.train_step(together(spans.__next__), multiplier, momentum)
-                if self.averages.update(self.done, left):
-                    log.event("swa", step=self.done)
+                if self.ema:
+                    with torch.no_grad():
+                        torch._foreach_lerp_(self.ema, self.weights, 1 - ema_decay(self.done, s))
                 self.finish_step(measured, clock, multiplier)
-                hooks.on_progress("training", max(self.done / s.iterations, self.elapsed / budget))
+                hooks.on_progress("training", share_done(self.done, s, self.elapsed, budget))
         self.choose()
         calibration = self.calibrate()
         if self.base is None:
             self.fix_steps(calibration.fisher, limit)
         times = {"train_time": 1000 * self.elapsed, "with_calibration": 1000 * clock.seconds()}
-        log.event("trained", steps=self.done, **times, memory=peak_memory())
+        log.event("trained", steps=self.done, memory=peak_memory(), **times)
         return calibration
 
     def finish_step(self, measured: Tensor, clock: Clock, multiplier: float) -> None:
@@ -2051,32 +2081,24 @@ class Trainer(Stateful):
         self.elapsed, loss, norm = all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
         self.done += 1
         if not math.isfinite(loss + norm):
-            first = "the loss"
-            if math.isfinite(loss):
-                first = f"the gradient of {self.optimizers.first_not_finite()}"
-            what = f"loss {loss}, gradient norm {norm}, first in {first}"
-            raise RunError(f"step {self.done}: {what}; lower the learning rates")
+            raise RunError(f"step {self.done}: loss {loss}, gradient norm {norm}; lower the learning rates")
         if s.train_log_every and (self.done <= 10 or self.done % s.train_log_every == 0):
-            left = (s.iterations - self.done) * self.elapsed / self.done
-            if s.max_wallclock_seconds:
-                left = min(left, max(s.max_wallclock_seconds - self.elapsed, 0))
-            more = {"tokens_per_second": s.train_batch_tokens * self.done / self.elapsed, "left": left}
             line = f"train_loss:{{train_loss:.4f}} {TIMES} tokens/s:{{tokens_per_second:.0f}} "
-            line += "memory:{memory:.0f}MiB left:{left:.0f}s"
-            self.report("step", line, train_loss=loss, multiplier=multiplier, memory=peak_memory(), **more)
+            more = {"tokens_per_second": s.train_batch_tokens * self.done / self.elapsed}
+            more |= {"multiplier": multiplier, "memory": peak_memory()}
+            self.report("step", line + "memory:{memory:.0f}MiB", train_loss=loss, **more)
 
     def report(self, event: str, measured: str, **values: float) -> None:
         """Log what was measured, a format of values, with steps and milliseconds."""
-        train_time = 1000 * self.elapsed
-        values |= {"step": self.done, "iterations": self.s.iterations}
-        values |= {"train_time": train_time, "step_avg": train_time / max(self.done, 1)}
+        times = {"train_time": 1000 * self.elapsed, "step_avg": 1000 * self.elapsed / max(self.done, 1)}
+        values |= {"step": self.done, "iterations": self.s.iterations} | times
         self.run_of.log.event(event, ("step:{step}/{iterations} " + measured).format_map(values), **values)
 
     def choose(self) -> None:
         """Take the candidate of the least held-out loss. Raises RunError."""
-        log, losses, weights = self.run_of.log, {}, self.averages.candidates()
-        for name, values in weights.items():
-            copy_weights(self.weights, values)
+        log, losses, weights = self.run_of.log, {}, {"raw": copies(self.weights), "ema": self.ema}
+        for name in ("raw", "ema") if self.ema else ("raw",):
+            copy_weights(self.weights, weights[name])
             losses[name] = self.holdout_loss()
             log.event("average", average=name, holdout_loss=losses[name])
         finite = [name for name, loss in losses.items() if math.isfinite(loss)]
@@ -2097,7 +2119,7 @@ def export(run: Run, trainer: Trainer, fingerprint: str, calibration: Calibratio
         packed = pack_artifact(s, fingerprint, quantize(weights, scaled(trainer.base, knob), factors))
         return len(packed)
 
-    knob = fit_knob(s, trainer.model, size, limit, trainer.knob)
+    knob = fit_knob(trainer.model, size, limit, trainer.knob)
     run.log.event("quantized", knob=knob, took=clock.seconds())
     return packed
 
@@ -2114,9 +2136,8 @@ def load_hooks(s: Settings) -> Hooks:
         return NO_HOOKS
     try:
         if str(folder) not in getattr(sys.modules.get("tools"), "__path__", []):  # no other one on the path
-            spec = importlib.util.spec_from_file_location("tools", folder / "__init__.py")
-            sys.modules["tools"] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules["tools"])
+            sys.modules["tools"] = ModuleType("tools")
+            sys.modules["tools"].__path__ = [str(folder)]
         return importlib.import_module("tools.run").make_hooks(s)
     except (ImportError, OSError) as e:
         raise RunError(f"{folder} is broken: {e}") from None
@@ -2131,7 +2152,7 @@ def read_artifact(run: Run) -> tuple[bytes, Artifact]:
 def compile_scoring(run: Run, model: GPT, tables: ByteTables) -> None:
     """Compile what scoring will run, on made-up tokens, without a trace."""
     s, clock, weights = run.settings, Clock(), list(model.parameters())
-    before, number = copies(weights), s.ttt_chunk_tokens + 2 * max(s.eval_window, s.eval_seq_len) + 1
+    before, number = copies(weights), s.ttt_chunk_tokens + 2 * s.window + 1
     made_up = torch.randint(s.vocab_size, (number,), dtype=torch.int32, device=run.device)
     quiet = Run(replace(s, eval_max_seconds=math.inf), run.device)
     quiet.log.outputs.clear()
@@ -2139,15 +2160,6 @@ def compile_scoring(run: Run, model: GPT, tables: ByteTables) -> None:
         stage()
     copy_weights(weights, before)
     run.log.event("compiled", took=clock.seconds())
-
-
-def open_log(run: Run, source: str, append: bool) -> None:
-    """Open the log if all that is to be written can be. Raises RunError, OSError."""
-    for path in [run.log_path] if run.settings.eval_only else [run.artifact_path, run.log_path]:
-        os.makedirs(path.parent, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise RunError(f"{path} cannot be written")
-    run.log.open(run.log_path, source, append)
 
 
 def log_beginning(run: Run, source: bytes) -> None:
@@ -2165,7 +2177,7 @@ def train_and_export(
     """Train a model and write its artifact. Raises RunError, Stopped."""
     s = run.settings
     sizes = {"parameters": sum(map(torch.numel, trainer.weights)), "validation_tokens": len(text)}
-    run.log.event("data", **sizes, training_tokens=sum(trainer.shard_lengths))
+    run.log.event("data", **sizes, training_tokens=sum(map(len, trainer.shards)))
     scorer = Scorer(trainer.model, text, tables, s.eval_seq_len, s.val_batch_size // SPANS, run.hooks)
     calibration = trainer.run(lambda: scorer.score_windows(s.eval_seq_len), limit)
     clock, score = Clock(), scorer.score_windows(s.eval_seq_len)
@@ -2175,20 +2187,6 @@ def train_and_export(
     together(
         lambda: write_atomically(run.artifact_path, export(run, trainer, fingerprint, calibration, limit)), 1
     )
-
-
-def score_artifact(run: Run, model: GPT, tokens: Tensor, tables: ByteTables) -> None:
-    """Score a model from an artifact by all stages. Raises RunError, Stopped."""
-    if run.device.type == "cuda":
-        compile_scoring(run, model, tables)
-    evaluation = Evaluation(run, model, tokens, tables)
-    run.hooks.on_scoring(evaluation)
-    restored = run.hooks.restore_scoring()
-    if restored is not None:
-        evaluation.load_state_dict(restored)
-    if evaluation.ttt.records:
-        run.log.event("resumed", chunk=len(evaluation.ttt.records))
-    evaluation.run()
 
 
 def execute(run: Run) -> None:
@@ -2203,28 +2201,36 @@ def execute(run: Run) -> None:
     only_score = s.eval_only or phase == "scoring"
     if only_score:
         data, artifact = read_artifact(run)
-        s = run.settings = settings_for_scoring(os.environ, artifact, s.run_id)
+        s = run.settings = parse_settings(os.environ, artifact.settings | {"run_id": s.run_id})
     tokenizer, fingerprint = together(lambda: load_tokenizer(s.tokenizer_path, s.vocab_size))
+    if (s.document_attention or s.smear == "token") and tokenizer.bos_id() != BOS:
+        raise RunError(f"TOKENIZER_PATH={s.tokenizer_path}: documents must begin with BOS {BOS}")
     with run.device:
         tables = byte_tables(tokenizer)
     text = together(lambda: validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len)).to(run.device)
     trainer = None if only_score else together(lambda: Trainer(run))
-    together(lambda: open_log(run, source.decode(), append=bool(phase)), 1)
+    together(lambda: run.log.open(run.log_path, source.decode(), append=bool(phase)), 1)
     log_beginning(run, source)
     if trainer is not None:
         train_and_export(run, trainer, text, tables, fingerprint, limit)
         del trainer
         data, artifact = read_artifact(run)
-    total, own = len(data) + len(source), {"artifact_bytes": len(data), "side_bytes": side_bytes(data)}
-    run.log.event("size", f"Total submission size int+rans: {total} bytes", total=total, **own)
+    sizes = {"total": len(data) + len(source), "artifact_bytes": len(data), "side_bytes": side_bytes(data)}
+    run.log.event("size", f"Total submission size int+rans: {sizes['total']} bytes", **sizes)
     model = load_for_scoring(artifact, run.artifact_path, run, fingerprint)
-    score_artifact(run, model, text, tables)
+    if run.device.type == "cuda":
+        compile_scoring(run, model, tables)
+    evaluation = Evaluation(run, model, text, tables)
+    hooks.on_scoring(evaluation)
+    if (restored := hooks.restore_scoring()) is not None:
+        evaluation.load_state_dict(restored)
+        run.log.event("resumed", chunk=len(evaluation.ttt.records))
+    evaluation.run()
     hooks.on_end()
     if run.log.lost:
         raise RunError(f"the log is not whole: {run.log.lost}")
-    if total > s.artifact_limit:
-        over = f"submission {total - s.artifact_limit} bytes over ARTIFACT_LIMIT={s.artifact_limit}"
-        raise RunError(f"{over}; {run.artifact_path} is kept")
+    if (over := sizes["total"] - s.artifact_limit) > 0:
+        raise RunError(f"submission {over} bytes over ARTIFACT_LIMIT; {run.artifact_path} is kept")
 
 
 def main() -> int:
@@ -2252,8 +2258,7 @@ def main() -> int:
             print(f"train_gpt.py: {who}error: {str(e) or 'interrupted'}", file=sys.stderr)
         elif status == 2:
             traceback.print_exc()
-    nccl_may_wait = status == 2 and torch.cuda.is_available()
-    if dist.is_initialized() and not nccl_may_wait:
+    if dist.is_initialized() and (status != 2 or not torch.cuda.is_available()):  # else NCCL may wait
         dist.destroy_process_group()
     return status
 

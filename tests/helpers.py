@@ -35,7 +35,6 @@ BASE = (
         WARMUP_STEPS=0,
         WARMDOWN_ITERS=8,
         VAL_LOSS_EVERY=4000,
-        SWA_EVERY=50,
         TTT_CHUNK_TOKENS=48,
         TTT_BATCH_SEQS=2,
         TTT_ENTROPY_ADAPT=0,
@@ -55,6 +54,30 @@ def made_up_tokens(count, seed=0, vocab=64):
     for i in range(1, count):
         tokens[i] = (5 * tokens[i - 1] + random.integers(4)) % vocab
     return np.where(np.arange(count) // 48 % 2, 7, tokens)
+
+
+# Every part of the frontier's model, in a small one
+FRONTIER = dict(
+    RECIPE="frontier",
+    BIGRAM_VOCAB_SIZE=0,
+    VE_ENABLED=0,
+    NUM_LAYERS=5,
+    XSA_LAST_N=5,
+    LOOP_LAYERS="1-2",
+    PARALLEL_FROM=3,
+    TRAIN_SEQ_SCHEDULE="16@0,24@0.5",
+    TRAIN_SEQ_LEN=32,
+    EVAL_SEQ_LEN=24,
+    EVAL_MODE="sliding",
+)
+
+
+def with_documents(tokens, every=19):
+    """The tokens with a BOS now and then."""
+    tokens = torch.as_tensor(tokens).clone()
+    tokens[tokens == T.BOS] = T.BOS + 1
+    tokens[::every] = T.BOS
+    return tokens
 
 
 def write_shards(folder):
@@ -93,9 +116,10 @@ def scorer_of(model, s, tokens, hooks=T.NO_HOOKS):
     return T.Scorer(model, torch.as_tensor(tokens).int().to(device), tables, s.eval_seq_len, batch, hooks)
 
 
-def one_lane(scorer):
-    """A plan that reads the text in one go, and its length."""
-    return T.plan_windows(scorer.targets, scorer.targets, 1), scorer.targets
+def score_stream(scorer, s, chunk=16):
+    """The Score of a stream that does not learn, read in chunks."""
+    values = dict(eval_mode="streaming", ttt_enabled=False, ttt_chunk_tokens=chunk)
+    return score_first_ttt(scorer, replace(s, **values))[0]
 
 
 def attention_by(kernel):
@@ -167,6 +191,11 @@ def round_trip(state):
     return torch.load(file, weights_only=True)
 
 
+def muon_update(grad, buffer, momentum, steps=5, row_norm=False, triples=T.CLASSIC):
+    """What Muon subtracts from a bank, before its scale."""
+    return T.orthogonalize(T.nesterov_update(grad, buffer, momentum, row_norm=row_norm), steps, triples)
+
+
 def factors_of(moments):
     """As export() makes them of moments, which stay as they are."""
     return {name: T.factor(m.clone()) for name, m in moments.items()}
@@ -208,7 +237,7 @@ def worker(rank, world, folder, port):
         CUDA_VISIBLE_DEVICES="",
     )
     T.start_processes()
-    trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, SWA_ENABLED=0, MATRIX_LR=0.01, BIGRAM_DIM=32)
+    trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, MATRIX_LR=0.01, BIGRAM_DIM=32)
     trainer.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)
     found = dict(steps=torch.stack(trainer.measured), weights=snapshot(trainer.weights))
     if world > 1:  # start from the very same weights, so that only scoring and learning are compared
@@ -217,7 +246,7 @@ def worker(rank, world, folder, port):
     tokens = made_up_tokens(5 * 48 + 21, seed=9)  # five chunks of three sequences and a short last one
     for stride in (32, 5):
         found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_windows(stride)
-    found["streamed"] = scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)).score_streams()
+    found["streamed"] = score_stream(scorer_of(trainer.model, trainer.s, np.resize(tokens, 2000)), trainer.s)
     for name, extra in (TTT_RUNS | STREAM_RUNS).items():
         s = settings(
             EVAL_STRIDE=24, EVAL_MODE="streaming" if name in STREAM_RUNS else "sliding", **TTT_ADAPT, **extra

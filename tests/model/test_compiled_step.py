@@ -22,13 +22,7 @@ pytestmark = pytest.mark.slow
 CPU, BF16, aten = torch.device("cpu"), torch.bfloat16, torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 SHAPES = dict(
-    VOCAB_SIZE=56,
-    NUM_LAYERS=2,
-    VE_LAYERS=1,
-    MLP_MULT=2.5,
-    TRAIN_SEQ_LEN=24,
-    TRAIN_BATCH_TOKENS=384,
-    MICRO_BATCH_TOKENS=48,
+    VOCAB_SIZE=56, NUM_LAYERS=2, VE_LAYERS=1, MLP_MULT=2.5, TRAIN_SEQ_LEN=24, TRAIN_BATCH_TOKENS=384
 )
 MATRICES = [
     (64, 32),

@@ -17,9 +17,10 @@ from tests.helpers import (
     PerTarget,
     attention_by,
     made_up_tokens,
-    one_lane,
+    muon_update,
     random_model,
     score_first_ttt,
+    score_stream,
     scorer_of,
     settings,
 )
@@ -107,7 +108,7 @@ def test_muon_steps(prefix):
     for i in range(sum(key.startswith(prefix + "g") for key in record.DATA.files)):
         before = p.clone()
         T.apply_muon_update(
-            p, T.muon_update(tensor(f"{prefix}g{i}").to(DEVICE), buffer, 0.95, 5), lr=0.02, weight_decay=0.04
+            p, muon_update(tensor(f"{prefix}g{i}").to(DEVICE), buffer, 0.95), lr=0.02, weight_decay=0.04
         )
         difference = relative(p - before, tensor(f"{prefix}p{i + 1}") - tensor(f"{prefix}p{i}"))
         print(f"{prefix} step {i}: {difference:.1e}")
@@ -209,7 +210,7 @@ def test_a_stream_scores_like_the_whole_text_at_once(dtype, tolerance):
     """Over all layers, each of which sees the last 24 positions."""
     s, tokens = settings(EVAL_SEQ_LEN=24), made_up_tokens(201)
     streamed = scorer_on_device(s, tokens, dtype)
-    streamed.sums(*one_lane(streamed))
+    score_stream(streamed, s)
     whole = random_model(s).to(DEVICE)
     whole.dtype = dtype
     text = torch.as_tensor(tokens).long().to(DEVICE)
@@ -239,7 +240,7 @@ def test_a_changed_token_changes_no_score_before_it(mode, ttt, dtype):
         elif mode == "sliding":
             scorer.score_windows(8)
         else:
-            scorer.score_streams()
+            score_stream(scorer, s)
         found.append(scorer.hooks.nll)
     assert torch.equal(found[0][:200], found[1][:200])
     assert not torch.equal(found[0][200:], found[1][200:])

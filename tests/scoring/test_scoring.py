@@ -218,16 +218,15 @@ def test_learning_rate_falls_as_a_cosine():
 
 @pytest.mark.parametrize("epochs, expected", [(3, (2, 3, 4)), (1, (1, 1, 2))])
 def test_hard_chunks_get_an_epoch_more_and_easy_ones_one_less(epochs, expected):
-    s = settings(TTT_EPOCHS=epochs, TTT_ENTROPY_ADAPT=1, TTT_ENTROPY_LOW=1.75, TTT_ENTROPY_HIGH=2.1)
-    assert tuple(T.chunk_epochs(s, loss, late=False) for loss in (1.7, 1.8, 2.2)) == expected
-    assert tuple(T.chunk_epochs(s, loss, late=True) for loss in (1.7, 1.8, 2.2)) == (
-        expected[0],
-        epochs,
-        epochs,
-    )
-    plain = settings(TTT_EPOCHS=epochs)
-    for one, loss in ((s, 1.75), (s, 2.1), (plain, 1), (plain, 3)):
-        assert T.chunk_epochs(one, loss, late=False) == epochs  # neither hard nor easy, or it does not matter
+    def epochs_of(loss, adapt=1, now=0.0):
+        values = dict(TTT_ENTROPY_ADAPT=adapt, TTT_ENTROPY_LOW=1.75, TTT_ENTROPY_HIGH=2.1)
+        pace = T.Pace(settings(TTT_EPOCHS=epochs, **values), 10, T.Clock())
+        pace.now = now
+        return pace.epochs(torch.tensor([100 * loss, 100, 100], dtype=torch.float64))
+
+    assert tuple(map(epochs_of, (1.7, 1.8, 2.2))) == expected
+    assert tuple(epochs_of(loss, now=500) for loss in (1.7, 1.8, 2.2)) == (expected[0], epochs, epochs)
+    assert epochs_of(1.75) == epochs_of(2.1) == epochs_of(1, adapt=0) == epochs_of(3, adapt=0) == epochs
 
 
 class Seconds(T.Clock):
@@ -418,7 +417,10 @@ def test_an_evaluation_goes_on_from_its_state(mode):
         state = hooks.state
         found.append((hooks.stages, evaluation.scores))
     (whole, scores), (first, _), (rest, resumed) = found
-    assert resumed == scores == {name: tuple(score) for name, score in whole.items()} and len(scores) == 3
+    assert (
+        resumed == scores == {name: tuple(score) for name, score in whole.items()}
+        and len(scores) == dict(sliding=3, streaming=2)[mode]
+    )
     assert [*first, *rest] == list(whole) and list(rest) == ["legal_ttt"]
 
 
@@ -437,14 +439,12 @@ def test_compilation_runs_every_stage_and_leaves_no_trace(mode, capsys):
     assert line.startswith("compiled took:")
 
 
-def test_a_score_that_is_no_number_names_the_weight():
+def test_a_score_that_is_no_number_is_an_error():
     s, model = settings(), random_model(settings())
     with torch.no_grad():
         model.down_bank[1, 2, 3] = math.inf
     run = T.Run(s, torch.device("cpu"))
-    with pytest.raises(
-        T.RunError, match="final_int6_roundtrip: the loss is nan, first in down_bank; lower TTT_LR"
-    ):
+    with pytest.raises(T.RunError, match="final_int6_roundtrip: the loss is nan; lower TTT_LR"):
         T.Evaluation(run, model, torch.as_tensor(made_up_tokens(101)).int(), byte_tables()).run()
 
 

@@ -3,23 +3,25 @@ was scored."""
 
 import math
 import re
-from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import train_gpt as T
 from tests.helpers import (
+    FRONTIER,
     PerTarget,
     attention_by,
     changed,
     made_up_tokens,
-    one_lane,
     random_model,
     score_first_ttt,
+    score_stream,
     scorer_of,
     settings,
     snapshot,
+    with_documents,
 )
 
 STREAMING = dict(EVAL_MODE="streaming", EVAL_SEQ_LEN=24, TTT_CHUNK_TOKENS=16, TTT_LR=0.02, TTT_EPOCHS=1)
@@ -47,28 +49,56 @@ def whole_text_nll(s, tokens, window):
 
 
 @pytest.mark.parametrize("n, window", [(40, 24), (97, 24), (200, 24), (201, 7), (130, 64), (30, 64)])
-def test_a_stream_scores_like_the_whole_text_at_once(n, window):
+@pytest.mark.parametrize("chunk", [1, 16, 50])
+def test_a_stream_scores_like_the_whole_text_at_once(n, window, chunk):
+    """Whatever is read at once."""
     s, tokens = settings(EVAL_SEQ_LEN=window, EVAL_STRIDE=1), torch.as_tensor(made_up_tokens(n + 1))
     scores = PerTarget()
-    scorer = scorer_of(random_model(s), s, tokens, scores)
-    scorer.batch = 1  # eight lanes at most, one at a time
-    score, whole = scorer.score_streams(), whole_text_nll(s, tokens, window)
-    first = (
-        n if n < 16 * 2 * window else scorer.targets // 2
-    )  # of the first lane, which has all there is before it
-    torch.testing.assert_close(scores.nll[:first], whole[:first], rtol=0, atol=1e-5)
+    score = score_stream(scorer_of(random_model(s), s, tokens, scores), s, chunk)
+    torch.testing.assert_close(scores.nll, whole_text_nll(s, tokens, window), rtol=0, atol=1e-5)
     assert score.tokens == n
     assert score.nats == pytest.approx(scores.nll.sum().item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("segment", [1, 5, 16, 24, 50])
-def test_the_length_of_a_segment_changes_nothing(segment):
-    s, tokens = settings(EVAL_SEQ_LEN=24), torch.as_tensor(made_up_tokens(142))
-    scores = PerTarget()
-    scorer = scorer_of(random_model(s), s, tokens, scores)
-    scorer.segment = segment
-    scorer.sums(*one_lane(scorer))
-    torch.testing.assert_close(scores.nll, whole_text_nll(s, tokens, 24), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("looping", [True, False])
+@pytest.mark.parametrize("every", [19, 60])
+def test_the_frontiers_stream_scores_like_the_whole_text_at_once(looping, every):
+    """With loops, lanes, gates, a smear and documents, shorter and longer than a window."""
+    s, by = settings(**FRONTIER), banded(24)
+    model, tokens = random_model(s), with_documents(made_up_tokens(120), every)
+    model.looping, scores = looping, PerTarget()
+
+    def in_pieces(q, k, v, pieces, longest):
+        lengths = [length for length in pieces.diff().tolist() if length]
+        parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
+        return torch.cat([by(*part) for part in parts], dim=1)
+
+    score_stream(scorer_of(model, s, tokens, scores), s, chunk=7)
+    with torch.no_grad(), patch.object(T, "piece_attention", in_pieces):
+        whole = model(tokens[None, :-1].long(), tokens[None, 1:].long())[0].double()
+    torch.testing.assert_close(scores.nll, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [dict(), dict(LOOP_COUNT=0), dict(PARALLEL_FROM=-1), dict(SMEAR="channel")])
+def test_no_frontier_score_knows_a_later_token_or_another_document(part):
+    """In windows and in a stream. (The smear by channel looks one token back, whatever that is.)"""
+    s, tokens = settings(**FRONTIER | part), with_documents(made_up_tokens(96), every=24)
+
+    def nll_of(text, stream):
+        scores = PerTarget()
+        scorer = scorer_of(random_model(s), s, text, scores)
+        with torch.no_grad():
+            score_stream(scorer, s, chunk=16) if stream else scorer.score_windows(5)
+        return scores.nll
+
+    for stream in (False, True):
+        one = nll_of(tokens, stream)
+        for i in (5, 30, 47, 70):
+            other = nll_of(changed(tokens, i), stream)
+            end = 24 * (i // 24 + 1)
+            assert torch.equal(one[: i - 1], other[: i - 1])
+            assert (one[i - 1 : end - 1] != other[i - 1 : end - 1]).any()
+            assert torch.equal(one[end:], other[end:]) or "SMEAR" in part
 
 
 @pytest.mark.parametrize("order", [(0, 1, 1, 2), (0, 1, 2, 1, 2), (2, 0)], ids=str)
@@ -77,9 +107,11 @@ def test_a_layer_that_is_executed_twice_has_two_slots_of_the_past(order):
     s, tokens = settings(EVAL_SEQ_LEN=24), torch.as_tensor(made_up_tokens(142))
     whole, scores = random_model(s), PerTarget()
     scorer = scorer_of(random_model(s), s, tokens, scores)
-    scorer.model.order = whole.order = order
+    for model in (scorer.model, whole):
+        model.looped_order = list(order)
+        model.skip_weights = torch.nn.Parameter(torch.full((len(order) // 2, s.model_dim), 0.7))
     assert len(scorer.model.empty_cache(1)) == len(order)
-    scorer.sums(*one_lane(scorer))
+    score_stream(scorer, s)
     with torch.no_grad(), attention_by(banded(24)):
         nll = whole(tokens[None, :-1].long(), tokens[None, 1:].long())[0].double()
     torch.testing.assert_close(scores.nll, nll, rtol=0, atol=1e-5)
@@ -100,13 +132,15 @@ def test_a_caches_copy_goes_on_on_its_own():
     @torch.no_grad()
     def read(cache, low):
         return model(
-            tokens[:, low - 2 : low + 10], tokens[:, low + 1 : low + 11], context=model.context(10, cache)
+            tokens[:, low - 2 : low + 10],
+            tokens[:, low + 1 : low + 11],
+            context=model.context(tokens[:, low - 24 : low + 10], cache),
         )
 
     with torch.no_grad():
         cache = model.empty_cache(1)
         assert length_of(cache) == 0
-        model(start, tokens[:, 1:25], context=model.context(24, cache))
+        model(start, tokens[:, 1:25], context=model.context(tokens[:, :24], cache))
     assert length_of(cache) == 24
     copy, slots, values = (list(cache), list(cache), [slot.clone() for slot in cache])
     first = read(cache, 24)
@@ -131,42 +165,6 @@ def test_a_lane_of_a_cache_is_that_of_its_stream():
     torch.testing.assert_close(own, losses[1:2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("window, segment", [(1, 1), (2, 1), (5, 3), (16, 16)])
-def test_every_target_is_scored_once_in_lanes(window, segment):
-    """Of as many lanes as fit, however many are read at once; each but the first has a window of context
-    or more."""
-    for n, batch in product((1, 2, 15, 16, 17, 100, 257, 1000, 1001), (1, 2, 5)):
-        plans = []
-
-        class Planned(T.Scorer):
-            def sums(self, plan, length=0, stage="", plans=plans):
-                plans.append((plan, length))
-                return torch.zeros(3)
-
-        scorer = Planned(None, torch.zeros(n + 1, dtype=torch.int32), None, window, batch * window)
-        scorer.score_streams()
-        (plan, length), scored = plans[0], []
-        assert len(plan) <= max(1, min(8 * batch, n // (16 * window)) + 1)
-        for i, (start, begin, end) in enumerate(plan.tolist()):
-            assert start == begin == 0 if i == 0 else begin >= start + min(window, n)
-            assert end <= start + length
-            scored += range(begin, end)
-        assert scored == list(range(n))
-
-
-@pytest.mark.slow
-def test_a_lanes_first_window_is_enough_context():
-    """The lanes' scores are those of one lane, but for what lies before a window of context."""
-    s, tokens = settings(EVAL_SEQ_LEN=16), torch.as_tensor(made_up_tokens(2001))
-    one, many = PerTarget(), PerTarget()
-    scorer = scorer_of(random_model(s), s, tokens, one)
-    scorer.sums(*one_lane(scorer))
-    scorer_of(random_model(s), s, tokens, many).score_streams()
-    differs = (one.nll - many.nll).abs() > 1e-5
-    assert 0 < differs.sum() < 0.2 * 2000
-    assert (one.nll - many.nll).mean().abs() < 1e-3
-
-
 @pytest.mark.slow
 def test_positions_stay_small_in_a_long_stream():
     """A text that repeats itself is scored alike wherever one is in it, and no rotation goes beyond window
@@ -174,7 +172,7 @@ def test_positions_stay_small_in_a_long_stream():
     s, tokens = settings(EVAL_SEQ_LEN=16), torch.arange(40 * 64 + 1) % 64
     scores = PerTarget()
     scorer = scorer_of(random_model(s), s, tokens, scores)
-    scorer.sums(*one_lane(scorer))
+    score_stream(scorer, s, chunk=4)
     tables = scorer.model.rotary
     assert max(len(cos) for cos, _ in tables.values()) == max(length for length, _ in tables) == 20
     torch.testing.assert_close(scores.nll[64:128], scores.nll[-64:], rtol=0, atol=1e-5)
@@ -188,7 +186,7 @@ def test_the_rotary_base_is_that_of_the_window():
     )
     scores = PerTarget()
     scorer = scorer_of(random_model(s), s, tokens, scores)
-    scorer.sums(*one_lane(scorer))
+    score_stream(scorer, s, chunk=100)
     with (
         torch.no_grad()
     ):  # one layer: a position sees just what its window holds, but for the first two's embedding
@@ -302,8 +300,8 @@ def test_a_chunk_is_learnt_from_with_the_past_before_it():
     start, text = snapshot(model.parameters()), tokens.long()
     cache = model.empty_cache(1)
     first = torch.cat((torch.tensor([-1, -1]), text[:24]))[None]
-    model(first, text[None, 1:25], None, model.context(24, cache))
-    nll = model(text[None, 22:40], text[None, 25:41], None, model.context(16, cache))
+    model(first, text[None, 1:25], None, model.context(text[None, :24], cache))
+    nll = model(text[None, 22:40], text[None, 25:41], None, model.context(text[None, :40], cache))
     grads = torch.autograd.grad(nll.mean(), list(model.parameters()))
     order = Order()
     score_first_ttt(scorer_of(model, s, tokens, order), s)
@@ -464,30 +462,32 @@ def test_what_the_pace_has_come_to_is_carried_over():
 
 
 def test_a_recipe_is_a_set_of_defaults_that_single_settings_override():
-    best = T.parse_settings({"RECIPE": "best"})
-    assert {name: getattr(best, name) for name in T.RECIPES["best"]} == T.RECIPES["best"]
-    assert best.eval_mode == "streaming"
-    mixed = T.parse_settings({"RECIPE": "best", "TTT_LR": "0.5", "EVAL_MODE": "sliding"})
-    assert (mixed.ttt_lr, mixed.eval_mode, mixed.ttt_decay) == (
-        0.5,
-        "sliding",
-        T.RECIPES["best"]["ttt_decay"],
-    )
+    frontier = T.parse_settings({"RECIPE": "frontier"})
+    assert {name: getattr(frontier, name) for name in T.FRONTIER} == T.FRONTIER
+    assert (frontier.eval_mode, frontier.loop_layers, frontier.vocab_size) == ("streaming", (3, 4, 5), 8192)
+    mixed = T.parse_settings({"RECIPE": "frontier", "TTT_LR": "0.5", "EVAL_STRIDE": "9"})
+    assert (mixed.ttt_lr, mixed.eval_stride, mixed.ttt_decay) == (0.5, 9, T.FRONTIER["ttt_decay"])
     assert vars(T.parse_settings({"RECIPE": "record"})) == vars(T.parse_settings({}))
 
 
 def test_a_recipe_wins_over_what_an_artifact_was_made_with():
-    kept = vars(T.parse_settings({"RECIPE": "best", "EVAL_SEQ_LEN": "128"}))
+    kept = vars(T.parse_settings({"EVAL_MODE": "streaming", "TTT_LR": "0.5", "EVAL_STRIDE": "128"}))
     again = T.parse_settings({}, kept)
     assert vars(again) == kept
     record = T.parse_settings({"RECIPE": "record"}, kept)
-    assert (record.eval_mode, record.ttt_lr, record.eval_seq_len) == ("sliding", 0.002, 128)
+    assert (record.eval_mode, record.ttt_lr, record.eval_stride) == ("sliding", 0.002, 128)
+
+
+def test_an_artifact_of_one_recipe_is_not_scored_by_the_model_of_another():
+    kept = vars(T.parse_settings({"RECIPE": "frontier"}))
+    with pytest.raises(T.RunError, match="MLP_MULT=3, but the artifact has 4"):
+        T.parse_settings({"RECIPE": "record"}, kept)
 
 
 @pytest.mark.parametrize(
     "bad, said",
     [
-        (dict(RECIPE="beste"), "RECIPE='beste': allowed is record or best"),
+        (dict(RECIPE="beste"), "RECIPE='beste': allowed is record or frontier"),
         (dict(EVAL_MODE="stream"), "EVAL_MODE='stream': allowed is sliding or streaming"),
     ],
 )

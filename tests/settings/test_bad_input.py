@@ -126,6 +126,13 @@ def test_bad_files_stop_a_run_before_it_trains(folder, monkeypatch, action, part
     assert [part for part in parts if part not in message] == []
 
 
+@pytest.mark.parametrize("settings", [dict(DOCUMENT_ATTENTION=1), dict(SMEAR="token")], ids=str)
+def test_documents_that_another_token_begins_are_an_error(folder, settings):
+    tiny.train_tokenizer(folder / TOKENIZER, bos_id=2, eos_id=1)
+    message = error_of(folder, **settings)
+    assert message == f"TOKENIZER_PATH={TOKENIZER}: documents must begin with BOS 1"
+
+
 def test_a_bad_id_further_on_names_its_span(folder):
     spoil(folder / TRAIN, 8 * 65 + 3 * 65 + 64, 512)  # the last target of the second step's fourth span
     message = error_of(folder, steps=1)
@@ -155,6 +162,10 @@ def test_a_shard_that_changes_under_the_run_is_named(folder, monkeypatch, change
     [
         (dict(NUM_LAYER=3), ["NUM_LAYER ", "NUM_LAYERS"]),
         (dict(TTT_LRR=3), ["TTT_LRR ", "the nearest is TTT_LR"]),
+        (dict(SWA_ENABLED=0), ["SWA_ENABLED='0'", "only 1 is left of it"]),
+        (dict(LOOP_LAYERS="1-2"), ["LOOP_LAYERS=1,2", "NUM_LAYERS=2"]),
+        (dict(PARALLEL_FROM=2), ["PARALLEL_FROM=2", "NUM_LAYERS=2"]),
+        (dict(TRAIN_SEQ_SCHEDULE="16@0"), ["TRAIN_SEQ_SCHEDULE=16@0", "DOCUMENT_ATTENTION=0"]),
         (dict(NUM_LAYERS="two"), ["NUM_LAYERS='two'", "integer"]),
         (dict(BETA1=2), ["BETA1='2'", "0.999999"]),
         (dict(EVAL_MODE="windows"), ["EVAL_MODE='windows'", "sliding or streaming"]),
@@ -212,9 +223,7 @@ def test_an_artifact_may_go_to_a_new_folder(folder):
 )
 def test_a_loss_that_is_no_number_names_the_step(folder, settings, step):
     message = error_of(folder, steps=step - 1, **settings)
-    assert message.startswith(f"step {step}: ") and re.search(
-        "nan, first in the (loss|gradient of tok_emb); ", message
-    )
+    assert re.match(f"step {step}: loss .*nan.*; lower the learning rates$", message)
 
 
 def test_weights_that_the_last_step_ruined_are_not_exported(folder):
@@ -245,12 +254,7 @@ def test_a_run_that_fails_leaves_the_artifact_of_the_one_before(scored):
 def test_a_submission_over_the_limit_is_scored_and_kept_but_fails(folder):
     result = tiny.run(folder, ARTIFACT_LIMIT=1000)
     size = (folder / ARTIFACT).stat().st_size + tiny.SCRIPT.stat().st_size
-    message = message_of(result)
-    assert (
-        f"{size - 1000} bytes over" in message
-        and "ARTIFACT_LIMIT=1000" in message
-        and str(ARTIFACT) in message
-    )
+    assert message_of(result) == f"submission {size - 1000} bytes over ARTIFACT_LIMIT; {ARTIFACT} is kept"
     assert result.out.splitlines()[-1].startswith("legal_ttt_exact val_loss:")
 
 
@@ -353,9 +357,6 @@ class Harmful:
         lambda header, arrays: seal(header | dict(settings=None), **arrays),
         lambda header, arrays: seal(header | dict(settings={}), **arrays),
         lambda header, arrays: seal(
-            header | dict(settings=header["settings"] | dict(unheard_of=1), fixed=["unheard_of"]), **arrays
-        ),
-        lambda header, arrays: seal(
             header | dict(settings={k: v for k, v in header["settings"].items() if k != "num_layers"}),
             **arrays,
         ),
@@ -370,7 +371,6 @@ class Harmful:
         "list",
         "null",
         "no settings",
-        "more settings of the model",
         "fewer settings of the model",
         "no tensors",
         "more tensors",
@@ -382,7 +382,7 @@ class Harmful:
 )
 def test_an_artifact_of_another_version_is_an_error_and_runs_nothing(scored, change):
     (scored / ARTIFACT).write_bytes(change(*contents(scored / ARTIFACT)))
-    assert error_of(scored, **EVAL_ONLY).startswith(f"artifact {ARTIFACT}: ")
+    assert error_of(scored, **ARTIFACTS_OWN | EVAL_ONLY).startswith(f"artifact {ARTIFACT}: ")
     assert not (scored / "harm").exists()
 
 
@@ -394,9 +394,9 @@ def test_an_intact_artifact_put_together_again_is_scored(scored, trained):
 
 @pytest.mark.slow
 def test_a_process_of_its_own_says_one_line(folder):
-    result = tiny.run_process(folder, SWA_EVRY=3)
+    result = tiny.run_process(folder, EMA_DECY=3)
     assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
-    assert message_of(result).startswith("SWA_EVRY ") and "the nearest is SWA_EVERY" in result.err
+    assert message_of(result) == "EMA_DECY is no setting; the nearest is EMA_DECAY"
 
 
 @pytest.mark.slow
@@ -436,12 +436,14 @@ def test_torchrun_ends_with_the_message(folder):
 
 
 @pytest.mark.slow
-def test_settings_of_another_version_are_named_and_those_it_lacks_take_their_defaults(tmp_path):
-    """Scoring by an artifact whose program had a setting less, or one more."""
+def test_settings_of_another_version_are_left_out_and_those_it_lacks_take_their_defaults(tmp_path):
+    """Scoring by an artifact whose program had some settings less, or others, and called its recipe best."""
     tiny.make_data(tmp_path)
     assert tiny.run(tmp_path).status == 0
     header, arrays = contents(tmp_path / "logs/tiny.bin")
     assert header["settings"].pop("ttt_grad_clip") == "1"
+    assert header["settings"].pop("loop_layers") == "" and header["settings"].pop("smear") == "channel"
+    header["settings"] |= dict(recipe="best", ttt_unheard_of="3", swa_every="50")
     (tmp_path / "other.bin").write_bytes(seal(header, **arrays))
     plain, other = (
         tiny.run(tmp_path, EVAL_ONLY=1, RUN_ID="again", ARTIFACT_PATH=path)
@@ -449,7 +451,3 @@ def test_settings_of_another_version_are_named_and_those_it_lacks_take_their_def
     )
     assert (plain.status, other.status, plain.err, other.err) == (0, 0, "", "")
     assert other.out.splitlines()[-1] == plain.out.splitlines()[-1]
-    header["settings"]["ttt_unheard_of"] = "3"
-    (tmp_path / "other.bin").write_bytes(seal(header, **arrays))
-    more = tiny.run(tmp_path, EVAL_ONLY=1, RUN_ID="again", ARTIFACT_PATH="other.bin")
-    assert more.status == 2 and "settings of another version: TTT_UNHEARD_OF" in more.err

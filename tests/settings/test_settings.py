@@ -8,6 +8,7 @@ import pytest
 
 import train_gpt as T
 from tests import tiny
+from tools.common import spelling
 
 RECORD = dict(
     DATA_PATH="./data/datasets/fineweb10B_sp1024",
@@ -55,8 +56,6 @@ RECORD = dict(
     GRAD_CLIP_NORM=0.3,
     EMA_ENABLED=True,
     EMA_DECAY=0.997,
-    SWA_ENABLED=True,
-    SWA_EVERY=50,
     LATE_QAT=True,
     LATE_QAT_THRESHOLD=0.15,
     EVAL_SEQ_LEN=2048,
@@ -74,6 +73,36 @@ RECORD = dict(
     TTT_MOMENTUM=0.9,
     TTT_GRAD_CLIP=1.0,
     EVAL_TIME_SOFT_CAP_SECONDS=570.0,
+    RECIPE="record",
+    EVAL_MODE="sliding",
+    WARMDOWN_FRACTION=0.0,
+    MIN_LR=0.0,
+    TRAIN_SEQ_SCHEDULE=(),
+    SMEAR="channel",
+    SKIP_GATES=False,
+    ATTN_GATE_CHANNELS=0,
+    PARALLEL_FROM=-1,
+    LOOP_LAYERS=(),
+    LOOP_COUNT=0,
+    DOCUMENT_ATTENTION=False,
+    MUON_ROW_NORM=False,
+    NS_COEFFICIENTS="classic",
+    EMBED_WD=-1.0,
+    TTT_DECAY=0.0,
+)
+FRONTIER = dict(
+    VOCAB_SIZE=8192,
+    MLP_MULT=4.0,
+    LOOP_LAYERS=(3, 4, 5),
+    LOOP_COUNT=2,
+    PARALLEL_FROM=8,
+    TRAIN_SEQ_SCHEDULE=((1024, 0.0), (2048, 0.1), (3072, 0.7)),
+    WARMDOWN_FRACTION=0.85,
+    MIN_LR=0.1,
+    NS_COEFFICIENTS="polar",
+    EMBED_WD=0.085,
+    SMEAR="token",
+    EVAL_MODE="streaming",
 )
 
 
@@ -82,10 +111,10 @@ def values(environ):
     return {name: getattr(s, name.lower()) for name in T.FIELDS}
 
 
-def error_of(**environ):
+def error_of(read=T.parse_settings, **environ):
     """The message that these variables give; it is one line."""
     with pytest.raises(T.RunError) as error:
-        T.parse_settings({name: str(value) for name, value in environ.items()})
+        read({name: str(value) for name, value in environ.items()})
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -96,6 +125,16 @@ def test_the_defaults_are_the_records():
     assert {name: type(defaults[name]) for name in RECORD} == {
         name: type(value) for name, value in RECORD.items()
     }
+    assert values({"RECIPE": "record"}) == defaults
+
+
+def test_a_recipe_gives_other_defaults_over_which_settings_hold():
+    found, defaults = values({"RECIPE": "frontier"}), values({})
+    assert {name: found[name] for name in FRONTIER} == FRONTIER
+    changed = {name for name in T.FIELDS if found[name] != defaults[name]}
+    assert changed == {"RECIPE", *map(str.upper, T.RECIPES["frontier"])}
+    given = dict(RECIPE="frontier", MLP_MULT="3", LOOP_LAYERS="", TRAIN_SEQ_SCHEDULE="")
+    assert values(given) == found | dict(MLP_MULT=3.0, LOOP_LAYERS=(), TRAIN_SEQ_SCHEDULE=())
 
 
 def test_every_setting_is_read_from_the_environment():
@@ -105,7 +144,13 @@ def test_every_setting_is_read_from_the_environment():
         RUN_ID="r",
         ARTIFACT_PATH="a",
         RESUME="c",
-        RECIPE="best",
+        RECIPE="frontier",
+        SMEAR="token",
+        NS_COEFFICIENTS="polar",
+        MUON_BACKEND_STEPS=4,
+        LOOP_LAYERS=(1, 2),
+        PARALLEL_FROM=7,
+        TRAIN_SEQ_SCHEDULE=((32, 0.0), (64, 0.25)),
         EVAL_MODE="streaming",
         TTT_CHUNK_TOKENS=64,
         VE_LAYERS=(0, 2),
@@ -125,13 +170,8 @@ def test_every_setting_is_read_from_the_environment():
             else:
                 changed[name] = value + 1 if isinstance(value, int) else value / 2 or 0.5
         assert changed[name] != value
-    text = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        for name, value in changed.items()
-        if not isinstance(value, bool)
-    }
-    text |= {name: str(int(value)) for name, value in changed.items() if isinstance(value, bool)}
-    found = values(text)
+    text = {name: str(int(value) if isinstance(value, bool) else value) for name, value in changed.items()}
+    found = values(text | dict(VE_LAYERS="0,2", LOOP_LAYERS="1-2", TRAIN_SEQ_SCHEDULE="32@0,64@0.25"))
     assert found == changed
     assert {name: type(value) for name, value in found.items()} == {
         name: type(value) for name, value in values({}).items()
@@ -143,7 +183,7 @@ def test_what_does_not_parse_is_named_with_its_value(text):
     names = [name for name, value in values({}).items() if not isinstance(value, str)]
     assert len(names) > 60
     for name in names:
-        if (name, text) != ("VE_LAYERS", "-1"):  # parses; no layer has that number
+        if (name, text) not in (("PARALLEL_FROM", "-1"), ("EMBED_WD", "-1")):  # none, ADAM_WD
             assert error_of(**{name: text}).startswith(f"{name}={text!r}: allowed is ")
 
 
@@ -169,10 +209,29 @@ def test_what_does_not_parse_is_named_with_its_value(text):
         ("TTT_MUON", "2", "0 or 1", [0, 1]),
         ("EVAL_ONLY", "true", "0 or 1", [0, 1]),
         ("TTT_MUON", "-1", "0 or 1", [0, 1]),
-        ("RECIPE", "rtn", "record or best", []),
+        ("RECIPE", "best", "record or frontier", []),
         ("EVAL_MODE", "", "sliding or streaming", []),
-        ("VE_LAYERS", "9 10", "comma", []),
-        ("VE_LAYERS", "1.5", "comma", []),
+        ("SMEAR", "tokens", "channel or token", []),
+        ("NS_COEFFICIENTS", "5", "classic or polar", []),
+        ("VE_LAYERS", "9 10", "comma", [3, 5]),
+        ("VE_LAYERS", "1.5", "comma", [3, 5]),
+        ("VE_LAYERS", "-1,9", "comma", [3, 5]),
+        ("LOOP_LAYERS", "5-3", "integers", [3, 5]),
+        ("LOOP_LAYERS", "3-", "integers", [3, 5]),
+        ("LOOP_LAYERS", "three", "integers", [3, 5]),
+        ("TRAIN_SEQ_SCHEDULE", "1024", "LENGTH@SHARE", []),
+        ("TRAIN_SEQ_SCHEDULE", "512@0,1024", "LENGTH@SHARE", []),
+        ("TRAIN_SEQ_SCHEDULE", "0@512@1", "LENGTH@SHARE", []),
+        ("TRAIN_SEQ_SCHEDULE", "0.5@0", "LENGTH@SHARE", []),
+        ("WARMDOWN_FRACTION", "1.1", "number", [0, 1]),
+        ("MIN_LR", "2", "number", [0, 1]),
+        ("LOOP_FROM", "1.5", "number", [0, 1]),
+        ("LOOP_COUNT", "-1", "integer", [0]),
+        ("ATTN_GATE_CHANNELS", "-1", "integer", [0]),
+        ("ATTN_GATE_SCALE", "-0.5", "number", [0]),
+        ("SKIP_GATES", "yes", "0 or 1", [0, 1]),
+        ("DOCUMENT_ATTENTION", "2", "0 or 1", [0, 1]),
+        ("MUON_ROW_NORM", "on", "0 or 1", [0, 1]),
     ],
 )
 def test_what_is_allowed_is_said(name, text, kind, limits):
@@ -194,10 +253,11 @@ VAL_BATCHSIZE LATE_QAT_THRESH GRAD_CLIP_NORMS GRAD_CLIP ARTIFACT_PATHS RUN_IDS R
 RECEIPE AUDT AUDTI RESUM RESUME_ EVALONLY EVAL_ONLLY EVAL_MOD EVAL_MDOE EVAL_WINDOWS CHECKPOINT_EVRY
 CHECKPOINTS_EVERY ARTIFACT_LIMITS TOKENISER_PATH TOKENIZER_PAHT VOCABSIZE VOCAB_SIZES BETA_1 BETA_2 BETA
 ADAM_WDD ADAM_ESP MATRIX_RL MATRIX_LRR SCALAR_LRS TIED_EMBED_LRS LOGIT_SOFTCAPS LOGITSOFTCAP QK_GAIN
-MLP_MUL MLP_MULTI LN_SCAEL HOLDOUT_TOKEN MICRO_BATCH_TOKEN TRAIN_BATCH_TOKEN TRAIN_BATCH_TOKNES
+MLP_MUL MLP_MULTI LN_SCAEL HOLDOUT_TOKEN TRAIN_BATCH_TOKEN TRAIN_BATCH_TOKNES
 TRAIN_LOG_EVRY VAL_LOSS_EVRY WARMUP_STEP WARMPU_STEPS TTT_ENABLE TTT_CHUNK TTT_CHUNKS_TOKENS TTT_EPOCH
 TTT_LEARNING_RATE TTT_DECAYS ttt_lr Num_Layers EVAL_MAX_SECOND EVAL_SEQLEN EVAL_SEQ_LENGTH EMA_ENABLE
-SWA_DISABLE MATRIX_STEPS NUM_HEDS MODEL_DM ITERATIOSN
+SWA_DISABLE NUM_HEDS MODEL_DM ITERATIOSN LOOP_LAYER LOOPS_FROM PARALEL_FROM ATTN_GATE_CHANNEL SMEARS
+SKIP_GATE DOCUMENT_ATTENTIONS TRAIN_SEQ_SCHED WARMDOWN_FRAC MIN_LRR MUON_ROWNORM NS_COEFICIENTS EMBED_WDD
 """
 OTHERS = """
 MAX_JOBS MODEL_DIR MODEL_NAME NUM_THREADS NUM_GPUS RUN_NAME DATA_DIR DATA_HOME TOKENIZERS_PARALLELISM
@@ -219,7 +279,7 @@ DATA_ROOT MODEL_PATH RUN_DIR EXPERIMENT_ID ARTIFACTS_DIR VE_ID
 
 @pytest.mark.parametrize("name", MISSPELT.split())
 def test_a_misspelt_setting_is_an_error_that_names_one(name):
-    message = error_of(**{name: 1})
+    message = error_of(spelling.check_names, **{name: 1})
     assert (found := re.fullmatch(rf"{name} is no setting; the nearest is (\w+)", message))
     assert found[1] in T.FIELDS
 
@@ -237,21 +297,46 @@ def test_a_misspelt_setting_is_an_error_that_names_one(name):
         NUM_KV="NUM_KV_HEADS",
         RECEIPE="RECIPE",
         TOKENISER_PATH="TOKENIZER_PATH",
+        LOOPS_FROM="LOOP_FROM",
+        TRAIN_SEQ="TRAIN_SEQ_LEN",
     ).items(),
 )
 def test_the_nearest_setting_is_named(name, nearest):
-    assert error_of(**{name: 1}) == f"{name} is no setting; the nearest is {nearest}"
+    message = error_of(spelling.check_names, **{name: 1})
+    assert message == f"{name} is no setting; the nearest is {nearest}"
 
 
 def test_variables_of_other_programs_are_no_settings():
-    assert T.parse_settings(dict.fromkeys(OTHERS.split(), "x")) == T.parse_settings({})
+    spelling.check_names(dict.fromkeys([*OTHERS.split(), *T.FIELDS], "x"))
 
 
-def test_of_a_retired_setting_only_the_value_that_is_left_is_accepted():
-    assert not T.RETIRED.keys() & T.FIELDS.keys()
-    assert T.parse_settings(T.RETIRED) == T.parse_settings({})
-    assert error_of(TTT_FREEZE_BLOCKS=2) == "TTT_FREEZE_BLOCKS='2': only 0 is left of it"
-    assert error_of(TIE_EMBEDDINGS=0) == "TIE_EMBEDDINGS='0': only 1 is left of it"
+RETIRED = dict(
+    TIE_EMBEDDINGS=1,
+    EMBED_LR=0.6,
+    HEAD_LR=0.008,
+    TTT_FREEZE_BLOCKS=0,
+    MICRO_BATCH_TOKENS=0,
+    SWA_ENABLED=1,
+    SWA_EVERY=50,
+    MATRIX_STEP=1,
+)
+
+
+@pytest.mark.parametrize("name, left", RETIRED.items())
+def test_of_a_retired_setting_only_the_value_that_is_left_is_accepted(name, left):
+    spelling.check_names({name: str(left)})
+    assert error_of(spelling.check_names, **{name: 7}) == f"{name}='7': only {left} is left of it"
+
+
+def test_parsing_leaves_other_names_alone_and_tools_read_settings_with_both(monkeypatch):
+    assert not RETIRED.keys() & T.FIELDS.keys()
+    assert T.parse_settings(dict(NUM_LAYER="3", SWA_EVERY="1")) == T.parse_settings({})
+    for name in T.FIELDS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NUM_LAYERS", "10")
+    assert spelling.read_settings().num_layers == 10
+    monkeypatch.setenv("NUM_LAYER", "3")
+    assert error_of(lambda _: spelling.read_settings()).startswith("NUM_LAYER is no setting; ")
 
 
 def test_control_characters_in_values_are_shown_as_such():
@@ -270,7 +355,6 @@ def test_control_characters_in_values_are_shown_as_such():
         (dict(NUM_KV_HEADS=16), "NUM_HEADS NUM_KV_HEADS"),
         (dict(ROPE_DIMS=66), "ROPE_DIMS MODEL_DIM NUM_HEADS"),
         (dict(ROPE_DIMS=15), "ROPE_DIMS"),
-        (dict(VE_LAYERS="-1,9"), "VE_LAYERS NUM_LAYERS"),
         (dict(VE_LAYERS="9,11"), "VE_LAYERS NUM_LAYERS"),
         (dict(NUM_LAYERS=4, VE_LAYERS="2,4"), "VE_LAYERS NUM_LAYERS"),
         (dict(VE_LAYERS="3,3"), "VE_LAYERS"),
@@ -281,15 +365,31 @@ def test_control_characters_in_values_are_shown_as_such():
         (dict(TTT_CHUNK_TOKENS=1024), "TTT_CHUNK_TOKENS TRAIN_SEQ_LEN"),
         (dict(EVAL_ONLY=1), "EVAL_ONLY ARTIFACT_PATH"),
         (dict(RUN_ID="runs/1"), "RUN_ID"),
+        (dict(LOOP_LAYERS="9,10,11"), "LOOP_LAYERS NUM_LAYERS"),
+        (dict(LOOP_LAYERS="5,4,3"), "LOOP_LAYERS"),
+        (dict(LOOP_LAYERS="3,5"), "LOOP_LAYERS"),
+        (dict(LOOP_LAYERS="3,3"), "LOOP_LAYERS"),
+        (dict(LOOP_LAYERS="5,6,7", PARALLEL_FROM=7), "PARALLEL_FROM LOOP_LAYERS"),
+        (dict(LOOP_LAYERS="5,6,7", PARALLEL_FROM=5), "PARALLEL_FROM LOOP_LAYERS"),
+        (dict(PARALLEL_FROM=11), "PARALLEL_FROM NUM_LAYERS"),
+        (dict(PARALLEL_FROM=4), "PARALLEL_FROM NUM_LAYERS"),
+        (dict(DOCUMENT_ATTENTION=1, TRAIN_SEQ_SCHEDULE="512@0,512@0.5"), "TRAIN_SEQ_SCHEDULE"),
+        (dict(DOCUMENT_ATTENTION=1, TRAIN_SEQ_SCHEDULE="1024@0,512@0.5"), "TRAIN_SEQ_SCHEDULE"),
+        (dict(DOCUMENT_ATTENTION=1, TRAIN_SEQ_SCHEDULE="512@0,1024@0.5,2048@0.5"), "TRAIN_SEQ_SCHEDULE"),
+        (dict(DOCUMENT_ATTENTION=1, TRAIN_SEQ_SCHEDULE="512@0.1,1024@0.5"), "TRAIN_SEQ_SCHEDULE"),
+        (dict(DOCUMENT_ATTENTION=1, TRAIN_SEQ_SCHEDULE="512@nan"), "TRAIN_SEQ_SCHEDULE"),
+        (dict(DOCUMENT_ATTENTION=1, TRAIN_SEQ_SCHEDULE="512@0,2049@0.5"), "TRAIN_SEQ_SCHEDULE TRAIN_SEQ_LEN"),
+        (dict(TRAIN_SEQ_SCHEDULE="512@0,1024@0.5"), "TRAIN_SEQ_SCHEDULE DOCUMENT_ATTENTION"),
+        (dict(NS_COEFFICIENTS="polar", MUON_BACKEND_STEPS=6), "MUON_BACKEND_STEPS NS_COEFFICIENTS"),
         (dict(RESUME="auto"), "RUN_ID RESUME"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_contradicting_settings_are_named_with_their_values(environ, named):
     message, everything = error_of(**environ), values({}) | environ
-    assert re.fullmatch(r"[A-Z_]+(=\w+)? (must be|needs) [^;]*; now ([A-Z_]+=\S*( |$))+", message)
+    assert re.fullmatch(r"[A-Z_]+(=\w+)? (must|needs) [^;]*; now ([A-Z_]+=\S*( |$))+", message)
     for name in named.split():
-        assert f"{name}={everything[name]}" in message.split("; now ")[1]
+        assert f"{name}={T.show(everything[name])}" in message.split("; now ")[1]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +399,20 @@ def test_contradicting_settings_are_named_with_their_values(environ, named):
         (dict(NUM_LAYERS="4"), "VE_LAYERS", ()),
         (dict(VE_LAYERS=""), "VE_LAYERS", ()),
         (dict(VE_LAYERS="10, 0"), "VE_LAYERS", (10, 0)),
+        (dict(VE_LAYERS="0-2,10"), "VE_LAYERS", (0, 1, 2, 10)),
+        (dict(LOOP_LAYERS="3-5"), "LOOP_LAYERS", (3, 4, 5)),
+        (dict(LOOP_LAYERS="3,4,5"), "LOOP_LAYERS", (3, 4, 5)),
+        (dict(LOOP_LAYERS="10"), "LOOP_LAYERS", (10,)),
+        (dict(LOOP_LAYERS="3-6", PARALLEL_FROM="7"), "PARALLEL_FROM", 7),
+        (dict(PARALLEL_FROM="5"), "PARALLEL_FROM", 5),
+        (dict(PARALLEL_FROM="10"), "PARALLEL_FROM", 10),
+        (
+            dict(TRAIN_SEQ_SCHEDULE="512@0,2048@.3", DOCUMENT_ATTENTION="1"),
+            "TRAIN_SEQ_SCHEDULE",
+            ((512, 0.0), (2048, 0.3)),
+        ),
+        (dict(NS_COEFFICIENTS="polar", MUON_BACKEND_STEPS="5"), "MUON_BACKEND_STEPS", 5),
+        (dict(MUON_BACKEND_STEPS="6"), "MUON_BACKEND_STEPS", 6),
         (dict(EVAL_STRIDE="2048"), "EVAL_STRIDE", 2048),
         (dict(ROPE_DIMS="64"), "ROPE_DIMS", 64),
         (dict(XSA_LAST_N="99"), "XSA_LAST_N", 99),
@@ -350,6 +464,7 @@ def test_what_help_says_is_allowed_is_what_is_parsed():
 MODEL = """
 NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT ROPE_BASE ROPE_DIMS LOGIT_SOFTCAP
 QK_GAIN_INIT LN_SCALE XSA_LAST_N BIGRAM_VOCAB_SIZE BIGRAM_DIM VE_ENABLED VE_DIM VE_LAYERS TIED_EMBED_INIT_STD
+SMEAR SKIP_GATES ATTN_GATE_CHANNELS ATTN_GATE_SCALE PARALLEL_FROM LOOP_LAYERS LOOP_COUNT DOCUMENT_ATTENTION
 """
 LOCAL = """
 DATA_PATH TOKENIZER_PATH RUN_ID ARTIFACT_PATH ARTIFACT_LIMIT EVAL_ONLY CHECKPOINT_EVERY RESUME AUDIT
@@ -385,4 +500,4 @@ def test_no_setting_makes_a_variable_of_the_machine_a_misspelt_one(monkeypatch):
     for name in ("CUDA_GRAPHS", "NCCL_TREES", "TORCH_DETERMINISTIC"):
         monkeypatch.setitem(T.FIELDS, name, T.FIELDS["SEED"])
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "TORCH_LOGS", "TORCHELASTIC_RUN_ID"):
-        T.check_spelling.__wrapped__(name)
+        assert not spelling.nearest.__wrapped__(name)

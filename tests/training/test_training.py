@@ -1,4 +1,4 @@
-"""Training: warm-up, clock, schedules, averages, late QAT, optimizers, switches and initial weights."""
+"""Training: warm-up, clock, schedules, average, late QAT, optimizers, switches and initial weights."""
 
 import math
 from functools import partial
@@ -9,7 +9,9 @@ import torch
 
 import train_gpt as T
 from tests.helpers import (
+    FRONTIER,
     Trainer,
+    muon_update,
     random_batch,
     random_model,
     round_trip,
@@ -79,7 +81,7 @@ class SlowTrainer(Trainer):
     [
         (10, 0.5, 0, 0, 20),
         (10, 0.5, 0.25, 0, 18),
-        (10, 0.5, 0.25, 0.5, 16),
+        (10, 0.5, 0.25, 0.5, 17),
         (10, 0.75, 0.125, 0.25, 12),
         (0.5, 1, 0, 0, 1),
     ],
@@ -93,7 +95,6 @@ def test_training_average_and_calibration_fit_under_the_cap(
         MAX_WALLCLOCK_SECONDS=cap,
         ITERATIONS=100,
         WARMUP_STEPS=2,
-        SWA_EVERY=1,
         VAL_LOSS_EVERY=3,
         LATE_QAT=0,
         NUM_LAYERS=1,
@@ -113,7 +114,7 @@ def test_training_average_and_calibration_fit_under_the_cap(
     training = (
         trainer.now - 2 * (step + holdout + calibration) - 1000 * len(starts)
     )  # all but warm-up and validation
-    assert training == steps * step + 3 * holdout + calibration  # three averages were measured
+    assert training == steps * step + 2 * holdout + calibration  # two candidates were measured
     if steps > 1:
         assert (
             training <= cap < training + step + holdout + calibration
@@ -123,7 +124,7 @@ def test_training_average_and_calibration_fit_under_the_cap(
 def test_a_loss_that_is_not_finite_ends_training(folder):
     trainer = trainer_of(folder)
     trainer.model.register_forward_hook(lambda model, args, nll: nll / (len(trainer.measured) < 2))
-    with pytest.raises(T.RunError, match="^step 3: .*inf"):
+    with pytest.raises(T.RunError, match="^step 3: loss inf, gradient norm nan; lower the learning rates$"):
         trainer.run(validate, LIMIT)
 
 
@@ -136,20 +137,76 @@ def test_iterations_end_a_run_without_a_cap(folder):
 # Schedules
 
 
+def multiplier(s, step, elapsed=0, budget=math.inf):
+    return T.lr_multiplier(T.warmdown_left(step, s, elapsed, budget), s)
+
+
 def test_learning_rate_multiplier_by_time():
     s = settings(WARMDOWN_ITERS=10)
-    at = [
-        T.lr_multiplier(T.warmdown_left(step, s, 100 * step, 5000)) for step in (0, 1, 39, 40, 41, 45, 50, 51)
-    ]  # 100 ms a step
+    at = [multiplier(s, step, 100 * step, 5000) for step in (0, 1, 39, 40, 41, 45, 50, 51)]  # 100 ms a step
     assert at == pytest.approx([1, 1, 1, 1, 0.9, 0.5, 0, 0])
-    assert T.lr_multiplier(T.warmdown_left(20, s, 4000, 5000)) == pytest.approx(0.5)  # slower steps: 200 ms
+    assert multiplier(s, 20, 4000, 5000) == pytest.approx(0.5)  # slower steps: 200 ms
 
 
 def test_learning_rate_multiplier_by_iterations():
     s = settings(WARMDOWN_ITERS=10, ITERATIONS=50)
-    at = [T.lr_multiplier(T.warmdown_left(step, s, 0, math.inf)) for step in (0, 39, 40, 41, 45, 49)]
+    at = [multiplier(s, step) for step in (0, 39, 40, 41, 45, 49)]
     assert at == pytest.approx([1, 1, 1, 0.9, 0.5, 0.1])
-    assert T.lr_multiplier(T.warmdown_left(3, settings(WARMDOWN_ITERS=0), 0, math.inf)) == 1
+    assert multiplier(settings(WARMDOWN_ITERS=0), 3) == 1
+
+
+def test_the_warm_down_may_be_a_share_of_training_and_end_above_zero():
+    """Of the steps or of the seconds, whichever are used up sooner."""
+    s = settings(WARMDOWN_FRACTION=0.8, MIN_LR=0.1, ITERATIONS=100, WARMDOWN_ITERS=3)
+    by_iterations = [multiplier(s, step) for step in (0, 20, 40, 60, 90, 96, 100)]
+    by_time = [multiplier(s, 1, elapsed, 50) for elapsed in (0, 10, 20, 30, 45, 48, 60)]
+    assert by_iterations == pytest.approx([1, 1, 0.75, 0.5, 0.125, 0.1, 0.1])
+    assert by_time == pytest.approx(by_iterations)
+    assert multiplier(s, 60, 10, 50) == multiplier(s, 20, 30, 50) == pytest.approx(0.5)
+    assert multiplier(settings(WARMDOWN_FRACTION=1, ITERATIONS=100), 25) == 0.75
+
+
+def test_the_least_learning_rate_holds_for_a_warm_down_of_iterations_too():
+    s = settings(WARMDOWN_ITERS=10, ITERATIONS=50, MIN_LR=0.3)
+    assert [multiplier(s, step) for step in (40, 45, 48, 50)] == pytest.approx([1, 0.5, 0.3, 0.3])
+
+
+def test_the_share_of_training_is_that_of_steps_or_of_seconds():
+    s = settings(ITERATIONS=8)
+    at = [T.share_done(2, s, elapsed, 10) for elapsed in (0, 2, 5, 10, 11)]
+    assert at == [0.25, 0.25, 0.5, 1, 1] and T.share_done(2, s, 99, math.inf) == 0.25
+
+
+class Planned(Trainer):
+    """Notes what is planned for each step; each takes a second, by a clock that moves only then."""
+
+    now = 0.0
+
+    def train_step(self, *args):
+        self.steps_as.append((self.model.looping, self.piece))
+        self.now += 1
+        return super().train_step(*args)
+
+
+@pytest.mark.parametrize("limit", [dict(ITERATIONS=8), dict(MAX_WALLCLOCK_SECONDS=8, ITERATIONS=99)], ids=str)
+def test_loops_and_longer_pieces_begin_at_their_share_of_steps_or_of_time(folder, monkeypatch, limit):
+    """And both orders of layers are compiled in warm-up."""
+    extra = FRONTIER | dict(LOOP_FROM=0.3, TRAIN_SEQ_SCHEDULE="8@0,16@0.25,24@0.6", WARMUP_STEPS=2)
+    trainer = trainer_of(folder, Planned, **extra | limit)
+    trainer.steps_as = []
+    monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: trainer.now))
+    trainer.run(validate, LIMIT)
+    loops, pieces = zip(*trainer.steps_as, strict=True)
+    assert loops == (True, False) + (False,) * 3 + (True,) * 5
+    assert pieces == (24, 8) + (8, 8, 16, 16, 16, 24, 24, 24)
+    assert trainer.model.looping and trainer.piece == 24  # in the choice and the calibration
+
+
+def test_without_a_schedule_pieces_are_as_long_as_a_training_sequence(folder):
+    trainer = trainer_of(folder, DOCUMENT_ATTENTION=1)
+    for share in (0, 0.5, 1):
+        trainer.enter(share)
+        assert trainer.piece == 16
 
 
 def test_muon_momentum_rises_linearly():
@@ -159,36 +216,42 @@ def test_muon_momentum_rises_linearly():
     )
 
 
-# Averages
+# Average
 
 
-def test_ema_and_swa_are_those_of_a_plain_loop():
-    s = settings(EMA_DECAY=0.7, SWA_EVERY=3)
-    weights = [torch.zeros(2, 3), torch.zeros(())]
-    averages, ema, samples, begun = T.Averages(weights, s), 0.0, [], []
-    for step in range(40):
-        value = math.sin(step)
-        for w in weights:
-            w.fill_(value)
-        left = 0.19 if step >= 20 else 0.2
-        begun += [step] if averages.update(step, left) else []
-        decay = min(0.7, (1 + step) / (10 + step))
-        ema = decay * ema + (1 - decay) * value
-        samples += [value] if step >= 20 and step % 3 == 0 else []
-    swa = sum(samples) / len(samples)
-    expected = dict(raw=math.sin(39), ema=ema, swa=swa)
-    found = averages.candidates()
-    assert list(found) == list(expected) and begun == [21]
-    for name, value in expected.items():
-        assert [w.shape for w in found[name]] == [w.shape for w in weights]
-        assert all(w.double().numpy() == pytest.approx(value, abs=1e-6) for w in found[name])
+def test_the_decay_of_the_average_rises_to_its_setting():
+    s = settings(EMA_DECAY=0.7)
+    at = [T.ema_decay(step, s) for step in (0, 1, 8, 20, 21, 999)]
+    assert at == pytest.approx([1 / 10, 2 / 11, 1 / 2, 0.7, 0.7, 0.7])
+
+
+class Snapshots(T.Hooks):
+    """Keeps the weights after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step(self, trainer, last):
+        self.weights += [snapshot(trainer.weights)] if trainer.done else []
+
+
+def test_the_average_is_that_of_a_plain_loop(folder):
+    trainer = trainer_of(folder, hooks=Snapshots(), EMA_DECAY=0.3, LATE_QAT=0)
+    ema = snapshot(trainer.weights)
+    trainer.run(validate, LIMIT)
+    for step, weights in enumerate(trainer.run_of.hooks.weights):
+        decay = min(0.3, (1 + step) / (10 + step))
+        ema = [decay * e + (1 - decay) * w for e, w in zip(ema, weights, strict=True)]
+    assert len(trainer.run_of.hooks.weights) == 8
+    for found, expected in zip(trainer.ema, ema, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 class Choosing(Trainer):
     """Notes its last step's weights."""
 
     def choose(self):
-        self.last, self.given = snapshot(self.weights), self.averages.candidates()["raw"]
+        self.last = snapshot(self.weights)
         super().choose()
 
 
@@ -205,40 +268,44 @@ class Events(T.Hooks):
         return [values[key] for event, values in self.events if event == name]
 
 
-@pytest.mark.parametrize(
-    "extra, names",
-    [
-        (dict(), ["raw", "ema", "swa"]),
-        (dict(EMA_ENABLED=0), ["raw", "swa"]),
-        (dict(SWA_ENABLED=0), ["raw", "ema"]),
-        (dict(WARMDOWN_ITERS=1), ["raw", "ema"]),
-        (dict(EMA_ENABLED=0, SWA_ENABLED=0), ["raw"]),
-    ],
-    ids=str,
-)
-def test_only_what_is_enabled_and_has_begun_is_a_candidate(folder, extra, names):
-    extra = dict(ITERATIONS=2, WARMDOWN_ITERS=20, SWA_EVERY=1, LATE_QAT=0) | extra
-    trainer = trainer_of(folder, Choosing, Events(), **extra)
+@pytest.mark.parametrize("extra, names", [(dict(), ["raw", "ema"]), (dict(EMA_ENABLED=0), ["raw"])], ids=str)
+def test_only_what_is_enabled_is_a_candidate(folder, extra, names):
+    trainer = trainer_of(folder, Choosing, Events(), ITERATIONS=2, LATE_QAT=0, **extra)
     trainer.run(validate, LIMIT)
     logged = trainer.run_of.hooks
     losses = dict(zip(logged.of("average", "average"), logged.of("average", "holdout_loss"), strict=True))
-    assert list(losses) == names and same(trainer.given, trainer.last)
+    assert list(losses) == names
     assert logged.of("chosen", "average") == [min(losses, key=losses.get)]
     assert trainer.holdout_loss() == pytest.approx(min(losses.values()), rel=1e-6)
 
 
-def test_the_average_with_the_least_holdout_loss_is_exported(folder):
-    trainer, losses = trainer_of(folder), {}
-    given = {
-        name: snapshot(random_model(trainer.s, seed).parameters())
-        for seed, name in enumerate(("raw", "ema", "swa"))
-    }
-    trainer.averages.candidates = lambda: given
-    for name, weights in given.items():
+@pytest.mark.parametrize("best", ["raw", "ema"])
+def test_what_has_the_least_holdout_loss_is_exported(folder, best):
+    trainer = trainer_of(folder, hooks=Events())
+    given = [snapshot(random_model(trainer.s, seed).parameters()) for seed in (0, 1)]
+
+    def holdout_loss(weights):
         T.copy_weights(trainer.weights, weights)
-        losses[name] = trainer.holdout_loss()
+        return trainer.holdout_loss()
+
+    given.sort(key=holdout_loss, reverse=best == "ema")
+    losses = [holdout_loss(weights) for weights in given]
+    T.copy_weights(trainer.weights, given[0])
+    trainer.ema = given[1]
     trainer.choose()
-    assert same(trainer.weights, given[min(losses, key=losses.get)])
+    assert same(trainer.weights, given[best == "ema"])
+    assert trainer.run_of.hooks.of("average", "holdout_loss") == losses
+
+
+def test_weights_whose_holdout_loss_is_no_number_are_not_exported(folder):
+    trainer = trainer_of(folder)
+    trainer.model.tok_emb.data.fill_(math.nan)
+    trainer.choose()
+    assert same(trainer.weights, trainer.ema)
+    trainer.ema[0].fill_(math.nan)
+    T.copy_weights(trainer.weights, trainer.ema)
+    with pytest.raises(T.RunError, match="^no held-out loss is finite$"):
+        trainer.choose()
 
 
 def test_holdout_is_not_trained_on(folder):
@@ -269,20 +336,22 @@ class Kept(T.Hooks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [0, 3, 8])
-def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step):
-    """Weights, momenta, averages and the rounding are carried over; a trainer of another seed holds none
+@pytest.mark.parametrize(
+    "step, extra",
+    [(0, {}), (3, {}), (8, {}), (5, FRONTIER | dict(LATE_QAT=1))],
+    ids=["0", "3", "8", "frontier"],
+)
+def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step, extra):
+    """Weights, momenta, average and the rounding are carried over; a trainer of another seed holds none
     of them before."""
-    extra, kept = dict(SWA_EVERY=1, LATE_QAT_THRESHOLD=0.8), Kept(step)
+    extra, kept = extra | dict(LATE_QAT_THRESHOLD=0.8), Kept(step)
     whole = trainer_of(folder, Choosing, kept, **extra)
     calibrations = [whole.run(validate, LIMIT)]
     again = trainer_of(folder, Choosing, Kept(state=kept.state), SEED=7, **extra)
     calibrations.append(again.run(validate, LIMIT))
     assert (again.done, len(again.measured)) == (8, 8 - step)
     assert same(again.measured, whole.measured[step:]) and same(again.weights, whole.weights)
-    assert same(again.last, whole.last)
-    assert again.averages.samples == whole.averages.samples > 0
-    assert same(again.averages.ema, whole.averages.ema) and same(again.averages.swa, whole.averages.swa)
+    assert same(again.last, whole.last) and same(again.ema, whole.ema)
     for parts in (lambda c: c.moments, lambda c: c.fisher):
         one, other = map(parts, calibrations)
         assert same(other.values(), one.values())
@@ -290,9 +359,7 @@ def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step):
     assert kept.state["done"] == step and again.elapsed > kept.state["elapsed"] * (step < 8)
 
 
-@pytest.mark.parametrize(
-    "extra, passes", [({}, 4), (dict(EMA_ENABLED=0), 3), (dict(EMA_ENABLED=0, SWA_ENABLED=0), 2)]
-)
+@pytest.mark.parametrize("extra, passes", [({}, 3), (dict(EMA_ENABLED=0), 2)])
 def test_the_time_that_is_kept_is_that_of_the_candidates(folder, monkeypatch, extra, passes):
     """A pass over the held-out text for each, one to spare, and one and a half calibrations; as measured on a
     part of the text if it is long, for a CPU."""
@@ -318,19 +385,9 @@ def test_a_part_of_the_held_out_tokens_is_its_beginning(folder):
     assert all(torch.equal(found.moments[name], m) for name, m in whole.moments.items())
 
 
-def test_warm_up_says_what_it_will_take(folder, monkeypatch):
-    """After the second step, as if each step and each pass over as many tokens took as long."""
-    trainer = trainer_of(folder, SlowTrainer, Events(), WARMUP_STEPS=5)
-    monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: trainer.now))
-    trainer.seconds = dict(step=2, holdout=0, calibration=0)
-    trainer.warm_up()
-    held_out = len(trainer.holdout_tokens) - 1
-    assert trainer.run_of.hooks.of("warming_up", "left") == [2000 * (3 + 2.7 * held_out / 256)]
-
-
-def test_a_steps_gradients_are_those_of_all_micro_batches_at_once(folder):
+def test_a_steps_gradients_are_those_of_all_spans_at_once(folder):
     """The cast matrices are leaves: gradients are added up there and go through the cast once."""
-    trainer = trainer_of(folder, MICRO_BATCH_TOKENS=64, TRAIN_BATCH_TOKENS=512)
+    trainer = trainer_of(folder, TRAIN_BATCH_TOKENS=512)
     start_qat(trainer)
     with trainer.loader() as spans:
         spans = next(spans)
@@ -344,12 +401,6 @@ def test_a_steps_gradients_are_those_of_all_micro_batches_at_once(folder):
     (whole(x, y, whole.matrices(trainer.steps)).sum() / 512).backward()
     for name, p in whole.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_a_state_is_of_the_shards_it_was_made_with(folder):
-    state = trainer_of(folder).state_dict()
-    with pytest.raises(T.RunError, match="train shards of .* tokens, not"):
-        trainer_of(folder, HOLDOUT_TOKENS=16).load_state_dict(state)
 
 
 class Child(T.Stateful):
@@ -388,21 +439,18 @@ def test_a_state_gives_back_every_kind_of_thing_and_leaves_weights_in_their_plac
     assert torch.equal(optimizer.state[place]["momentum_buffer"], torch.ones(3))
 
 
-def test_a_clock_goes_on_and_leaves_out_what_is_spent_aside(monkeypatch):
+def test_a_clock_goes_on_and_leaves_out_what_is_subtracted(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = T.Clock()
-    now[0] += 3
-    clock.apart += 2
-    now[0] += 2
-    now[0] += 1
-    assert (clock.seconds(), clock.seconds() - clock.apart) == (6, 4)
+    now[0] += 6
+    assert clock.seconds() == 6
+    clock.add(-2)
+    assert clock.seconds() == 4
     again = T.Clock()
     again.load_state_dict(clock.state_dict())
     now[0] += 1
-    assert again.seconds() == 7
-    clock.add(-2)
-    assert clock.seconds() == 5
+    assert again.seconds() == clock.seconds() == 5
 
 
 # Late QAT
@@ -448,19 +496,6 @@ def test_every_step_under_qat_uses_rounded_matrices_and_moves_the_unrounded_weig
     assert 0 < moved.abs().max() < 0.01  # from where they were, not from where they were rounded to
 
 
-def test_micro_batches_change_nothing(folder):
-    """One span at a time, two sequences at a time, or a step at once: the same losses and gradient norms."""
-    runs = []
-    for tokens in (0, 32, 256):
-        trainer = trainer_of(folder, MICRO_BATCH_TOKENS=tokens, ITERATIONS=3)
-        trainer.run(validate, LIMIT)
-        runs.append(trainer)
-    for other in runs[1:]:
-        torch.testing.assert_close(
-            torch.stack(other.measured), torch.stack(runs[0].measured), rtol=1e-4, atol=1e-5
-        )
-
-
 # Optimizers
 
 
@@ -477,7 +512,7 @@ def test_muon_does_not_depend_on_the_scale_of_the_gradient():
     updates = []
     for scale in (1, 1 / 1024, 4096):
         buffer = torch.zeros(4, 16, 24, dtype=torch.bfloat16)
-        updates.append([T.muon_update(scale * grad, buffer, 0.95, 5) for grad in grads])
+        updates.append([muon_update(scale * grad, buffer, 0.95, 5) for grad in grads])
     for other in updates[1:]:
         for a, b in zip(updates[0], other, strict=True):
             assert (a - b).float().norm() < 1e-2 * a.float().norm()
@@ -485,7 +520,36 @@ def test_muon_does_not_depend_on_the_scale_of_the_gradient():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
-@pytest.mark.parametrize("extra", [dict(), dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0)])
+def test_polar_coefficients_bring_singular_values_nearer_to_one():
+    """Even of a badly conditioned matrix, in as many steps."""
+    generator = torch.Generator().manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(16, 24, generator=generator), full_matrices=False)
+    matrix = U @ torch.diag(torch.logspace(-2, 0, 16)) @ V
+    classic, polar = (
+        (torch.linalg.svdvals(T.newton_schulz(matrix, 5, triples).float()) - 1).abs().max()
+        for triples in (T.CLASSIC, T.POLAR)
+    )
+    assert polar < 0.15 < 0.3 < classic
+
+
+def test_row_norm_gives_each_row_of_an_update_the_same_length():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(2, 8, 32, generator=generator) * torch.logspace(-3, 3, 8)[:, None]
+    grad[0, 3] = 0
+    buffer = torch.zeros(2, 8, 32, dtype=torch.bfloat16)
+    lengths = T.nesterov_update(grad, buffer, 0.9, row_norm=True).float().norm(dim=-1)
+    expected = torch.ones(2, 8)
+    expected[0, 3] = 0
+    torch.testing.assert_close(lengths, expected, rtol=0, atol=0.01)
+    assert torch.equal(buffer, grad.bfloat16())  # the momentum is of the gradients as they are
+
+
+PARTS = dict(
+    SMEAR="token", SKIP_GATES=1, ATTN_GATE_CHANNELS=4, PARALLEL_FROM=2, LOOP_LAYERS="1", LOOP_COUNT=1
+)
+
+
+@pytest.mark.parametrize("extra", [dict(), dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0), PARTS], ids=str)
 def test_every_parameter_has_one_optimizer_and_its_own_learning_rate(extra):
     s = settings(**extra, TIED_EMBED_LR=0.01, SCALAR_LR=0.04)
     model = random_model(s)
@@ -498,19 +562,30 @@ def test_every_parameter_has_one_optimizer_and_its_own_learning_rate(extra):
     assert sorted([name for name, _ in rates] + list(model.BANKS)) == sorted(
         names.values()
     )  # each exactly once
+    assert [names[id(p)] for p in optimizers.weights[4:]] == [name for name, _ in rates]
+    assert {names[id(p)] for p in optimizers.weights[:4]} == set(model.BANKS)
     special = dict(tok_emb=0.01, bigram_table=0.01, ve_table=0.01)
     for name, rate in rates:
         assert rate == special.get(name, 0.04), name
 
 
-def test_banks_move_by_muon_at_the_matrix_learning_rate():
-    s = settings(MATRIX_LR=0.05, MUON_WD=0.1, GRAD_CLIP_NORM=0)
+@pytest.mark.parametrize(
+    "extra, rule",
+    [
+        ({}, {}),
+        (dict(MUON_ROW_NORM=1), dict(row_norm=True)),
+        (dict(NS_COEFFICIENTS="polar", MUON_BACKEND_STEPS=4), dict(triples=T.POLAR, steps=4)),
+    ],
+    ids=["record", "row norm", "polar"],
+)
+def test_banks_move_by_muon_at_the_matrix_learning_rate(extra, rule):
+    s = settings(MATRIX_LR=0.05, MUON_WD=0.1, GRAD_CLIP_NORM=0, **extra)
     model = random_model(s)
     banks, (_, grads) = [bank.detach().clone() for bank in model.banks()], backward(model, *random_batch())
     grads = dict(zip([name for name, _ in model.named_parameters()], grads, strict=True))
     T.Optimizers(model, s).step(0.5, 0.9)
     for name, bank, before in zip(model.BANKS, model.banks(), banks, strict=True):
-        update = T.muon_update(grads[name], torch.zeros_like(before, dtype=torch.bfloat16), 0.9, 5)
+        update = muon_update(grads[name], torch.zeros_like(before, dtype=torch.bfloat16), 0.9, **rule)
         T.apply_muon_update(before, update, lr=0.025, weight_decay=0.1)
         torch.testing.assert_close(bank.detach(), before, rtol=0, atol=1e-6)
 
@@ -540,6 +615,23 @@ def test_weight_decay():
     torch.testing.assert_close(p, before * 0.95 - 0.1 * 2**0.5)  # tall: times sqrt(rows / columns)
 
 
+@pytest.mark.parametrize("embed_wd, of_tables", [(0.25, 0.25), (0, 0), (-1, 0.5)])
+def test_the_tables_weight_decay_is_theirs_alone(embed_wd, of_tables):
+    s = settings(
+        EMBED_WD=embed_wd, ADAM_WD=0.5, MUON_WD=0.75, TIED_EMBED_LR=0.1, SCALAR_LR=0.2, MATRIX_LR=0.4
+    )
+    model = random_model(s)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # so that decay alone moves it
+    T.Optimizers(model, s).step(0.5, 0.9)
+    for name, p in model.named_parameters():
+        lr, decay = (0.4, 0.75) if name in model.BANKS else (0.2, 0.5)
+        if name in ("tok_emb", "bigram_table", "ve_table"):
+            lr, decay = 0.1, of_tables
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * lr * decay), msg=name)
+
+
 # Switches and initial weights
 
 
@@ -559,6 +651,17 @@ def test_weight_decay():
         dict(LN_SCALE=0),
         dict(NUM_KV_HEADS=4),
         dict(NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=32),
+        dict(LOOP_LAYERS="0-1", LOOP_COUNT=2),
+        dict(LOOP_LAYERS=1, LOOP_COUNT=1, PARALLEL_FROM=2),
+        dict(PARALLEL_FROM=1),
+        dict(SMEAR="token"),
+        dict(SKIP_GATES=1),
+        dict(SKIP_GATES=1, NUM_LAYERS=1, VE_LAYERS=0),
+        dict(ATTN_GATE_CHANNELS=12),
+        dict(DOCUMENT_ATTENTION=1),
+        dict(MUON_ROW_NORM=1),
+        dict(NS_COEFFICIENTS="polar"),
+        FRONTIER,
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ PART = 2**22  # tokens whose bytes are counted at once
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens (n,) as a shard, whole or not at all. Raises OSError."""
-    header = np.zeros(T.SHARD_HEADER_INTS, "<i4")
+    header = np.zeros(T.HEADER_BYTES // 4, "<i4")
     header[:3] = T.SHARD_MAGIC, T.SHARD_VERSION, len(tokens)
     T.write_atomically(path, header.tobytes() + tokens.astype("<u2", copy=False).tobytes())
 

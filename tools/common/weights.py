@@ -10,6 +10,7 @@ from torch import Tensor
 
 import train_gpt as T
 from tools.common.cli import one_line
+from tools.common.spelling import check_names
 
 
 class Weights(NamedTuple):
@@ -27,7 +28,8 @@ class Weights(NamedTuple):
 
         Raises RunError for another model's.
         """
-        return T.settings_for_scoring(environ, self.artifact, run_id="")
+        check_names(environ)
+        return T.parse_settings(environ, self.artifact.settings)
 
     def model(self, run: T.Run, fingerprint: str) -> T.GPT:
         """Returns its model, ready to score.

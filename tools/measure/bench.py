@@ -1,7 +1,7 @@
 """Measure the speed of training, scoring, TTT and packing, and where the time goes.
 
     python -m tools.measure.bench train        # the record's size, made-up tokens; a GPU is compiled for
-    MICRO_BATCH_TOKENS=196608 python -m tools.measure.bench train --attention flash --profile trace.json.gz
+    TRAIN_BATCH_TOKENS=1572864 python -m tools.measure.bench train --attention flash --profile trace.json.gz
     torchrun --standalone --nproc_per_node=8 -m tools.measure.bench score
 
 Settings are those of train_gpt.py, as environment variables. Chrome or https://ui.perfetto.dev opens a
@@ -35,6 +35,7 @@ import train_gpt as T
 from tools.common.cli import Parser, check_folder_of, ends_in_one_line, positive, say
 from tools.common.machine import machine_name, now, timed
 from tools.common.shards import write_shard
+from tools.common.spelling import read_settings
 from tools.common.tables import table
 
 ATTENTION_KERNELS = (
@@ -438,27 +439,28 @@ def bench_score(bench: Bench) -> Figures:
     """Measure scoring with windows of EVAL_SEQ_LEN that each score EVAL_STRIDE tokens: a step is eight
     batches a process.
 
-    With EVAL_MODE=streaming a step is a batch of lanes of nine windows, each position once.
+    With EVAL_MODE=streaming a step is eight chunks of TTT_CHUNK_TOKENS, each position once.
     """
-    s, model = bench.s, bench.model()
-    window = T.EVAL_MODES[s.eval_mode].window(s)
-    batch = T.world_size() * max(1, s.val_batch_size // T.SPANS // window)
+    s, model, window = bench.s, bench.model(), bench.s.window
     if s.eval_mode == "streaming":
-        length = 9 * window  # of a lane
-        read = scored = batch * length
-        scorer = bench.scorer(model, bench.tokens(scored + 1), window)
-        start = length * torch.arange(batch)
-        plan = torch.stack((start, start, start + length), dim=1)
+        read = scored = 8 * s.ttt_chunk_tokens
+        scorer = bench.scorer(model, bench.tokens(window + scored + 1), window)
+        mode = T.StreamingMode(s, scorer, T.Learner(model, s))
+        mode.score_chunk(0)
+
+        def step() -> None:
+            for chunk in range(1, 9):
+                mode.score_chunk(chunk)
     else:
-        length, windows = 0, 8 * batch
+        windows = 8 * T.world_size() * max(1, s.val_batch_size // T.SPANS // window)
         read, scored = windows * window, windows * s.eval_stride
         scorer = bench.scorer(model, bench.tokens(window + scored + 1), window)
         plan = T.plan_windows(scorer.targets, window, s.eval_stride)[1:]  # the first scores all its tokens
+
+        def step() -> None:
+            scorer.sums(plan)
+
     flop, formula = forward_flop(model, window)
-
-    def step() -> None:
-        scorer.sums(plan, length)
-
     found = after_warm_up(
         lambda: timed(step, 3, bench.device), lambda: measure(step, bench, scored, flop * read), bench
     )
@@ -471,9 +473,9 @@ class Chunks:
     def __init__(self, bench: Bench, watch: UpdateWatch, count: int) -> None:
         s, model = bench.s, bench.model()
         kind = T.EVAL_MODES[s.eval_mode]
-        tokens = bench.tokens(kind.window(s) + count * s.ttt_chunk_tokens + 1)
+        tokens = bench.tokens(s.window + count * s.ttt_chunk_tokens + 1)
         learner = T.Learner(model, s, watch)
-        self.mode = kind(s, bench.scorer(model, tokens, kind.window(s)), learner)
+        self.mode = kind(s, bench.scorer(model, tokens, s.window), learner)
         self.device, self.epochs, self.chunk = bench.device, s.ttt_epochs, 1
         self.mode.score_chunk(0)  # scores more than the others, or only gives context
         self.forget()
@@ -686,7 +688,7 @@ def choose_attention(name: str | None, device: torch.device, s: T.Settings) -> s
 
 def run(args: argparse.Namespace) -> Figures:
     """Set this process up as train_gpt.py does, and return what is measured. Raises RunError, OSError."""
-    s, device = T.parse_settings(os.environ), T.start_processes()
+    s, device = read_settings(), T.start_processes()
     compiled = device.type == "cuda" or args.compile
     compiled = compiled and os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1"
     if compiled:

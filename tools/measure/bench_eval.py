@@ -2,12 +2,12 @@
 
     TOKENIZER_PATH=... python -m tools.measure.bench_eval CHECKPOINT_OR_ARTIFACT SHARD
     torchrun --standalone --nproc_per_node=2 -m tools.measure.bench_eval logs/RUN_ID.bin \\
-        fineweb_val_000000.bin --tokens 200000 --row "RECIPE=best TTT_ENABLED=0" \\
-        --row "RECIPE=best TTT_LR=0.07 TTT_CHUNK_TOKENS=128"
+        fineweb_val_000000.bin --tokens 200000 --row "EVAL_MODE=streaming TTT_ENABLED=0" \\
+        --row "EVAL_MODE=streaming TTT_LR=0.07 TTT_CHUNK_TOKENS=128"
 
 A row is a set of settings, on top of those the weights were made with and of the environment's. Each starts
 from the weights in the file and scores the same tokens, as train_gpt.py does last. Without --row: sliding
-windows, streaming, the record's TTT and RECIPE=best's. A GPU is compiled for first, and that is not timed.
+windows and streaming, without and with TTT. A GPU is compiled for first, and that is not timed.
 """
 
 import argparse
@@ -30,7 +30,10 @@ from tools.common.machine import machine_name, now
 from tools.common.tables import table
 from tools.common.weights import Weights, read_weights, tables_on
 
-ROWS = [f"RECIPE={recipe} TTT_ENABLED={ttt}" for ttt in (0, 1) for recipe in ("record", "best")]
+STREAM = (
+    "EVAL_MODE=streaming TTT_ENTROPY_ADAPT=0 TTT_EPOCHS=1 TTT_CHUNK_TOKENS=2048 TTT_LR=0.01 TTT_DECAY=0.005"
+)
+ROWS = [f"{mode} TTT_ENABLED={ttt}" for ttt in (0, 1) for mode in ("EVAL_MODE=sliding", STREAM)]
 TTT_SHOWN = (
     "ttt_chunk_tokens",
     "ttt_epochs",
@@ -63,7 +66,7 @@ def settings_of(row: str, weights: Weights) -> T.Settings:
 def shown(s: T.Settings) -> str:
     """Returns the settings that a row's score depends on, as one writes them."""
     if s.eval_mode == "streaming":
-        values: dict[str, Any] = {"eval_window": s.eval_window or s.eval_seq_len}
+        values: dict[str, Any] = {"eval_window": s.window}
     else:
         values = {"eval_stride": s.eval_stride, "eval_seq_len": s.eval_seq_len}
     if s.ttt_enabled:
@@ -171,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         "--repeat", type=positive, default=1, help="rounds to time (%(default)s)", metavar="N"
     )
     parser.add_argument(
-        "--row", action="append", help="settings to compare, such as 'RECIPE=best TTT_LR=0.01'"
+        "--row", action="append", help="settings to compare, such as 'EVAL_MODE=streaming TTT_LR=0.01'"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args(argv)

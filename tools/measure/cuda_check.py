@@ -647,10 +647,10 @@ class Program:
     def __init__(self, device: PretendedH100, folder: str, recipe: str | None):
         self.mode, self.device, self.W = device.mode, torch.device("cuda:0"), T.world_size()
         write_shard(Path(folder) / "fineweb_train_000000.bin", np.zeros(1 << 22, "<u2"))
-        names = {"sliding": recipe or "record", "streaming": recipe or "best"}
-        self.settings = {
-            mode: T.parse_settings({"DATA_PATH": folder, "RECIPE": name}) for mode, name in names.items()
-        }
+        chunk = {"TTT_CHUNK_TOKENS": "2048"}
+        changes = {"sliding": {}, "streaming": {"EVAL_MODE": "streaming", **chunk}}
+        given = {"DATA_PATH": folder, "RECIPE": recipe or "record"}
+        self.settings = {mode: T.parse_settings(given | change) for mode, change in changes.items()}
         with self.mode, self.device:
             self.trainer = T.Trainer(T.Run(self.settings["sliding"], self.device))
             self.spans = torch.zeros(
@@ -667,7 +667,6 @@ class Program:
         yield Piece("training step, late QAT", "qat", self.step_rounded)
         yield Piece("calibration, 4 sequences a rank", "calibrate", self.calibration(), may_wait=True)
         yield Piece("sliding windows, 256 a rank", "score", self.windows())
-        yield Piece("streaming, 32 lanes a rank of 2048 + 512", "score", self.lanes())
         yield Piece("TTT in windows, a chunk, one epoch", "ttt", self.ttt())
         yield from self.stream()
 
@@ -708,13 +707,6 @@ class Program:
         targets = s.eval_seq_len + s.eval_stride * (256 * self.W - 1)
         scorer, plan = self.scorer(targets), T.plan_windows(targets, s.eval_seq_len, s.eval_stride)
         return lambda: scorer.sums(plan)
-
-    def lanes(self) -> Callable[[], object]:
-        """Returns the scoring of a stream's lanes: their first window and a segment."""
-        length = self.trainer.s.eval_seq_len * 5 // 4
-        targets = 32 * self.W * length
-        scorer, plan = self.scorer(targets), T.plan_windows(targets, length, length)
-        return lambda: scorer.sums(plan, length)
 
     def learner(self, mode: str) -> T.Learner:
         """Returns a learner with a mode's settings."""

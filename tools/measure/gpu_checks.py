@@ -42,7 +42,6 @@ class Size:
     data: str  # folder of the shards, from the project's root
     tokens: dict[str, int]  # of text, by split
     steps: int  # that tools.measure.bench times
-    span: int  # tokens of an eighth of a training step
     kernels: tuple[str, ...]  # of attention; none: PyTorch's choice
     device: str
     settings: Settings = field(default_factory=dict)
@@ -52,7 +51,6 @@ FULL = Size(
     data="data/gpu_checks",
     tokens={"train": 24_000_000, "val": 1_000_001},
     steps=20,
-    span=98_304,
     kernels=("cudnn", "flash"),
     device="cuda",
 )
@@ -60,13 +58,15 @@ DRY = Size(
     data="data/gpu_checks_dry",
     tokens={"train": 100_000, "val": 3001},
     steps=3,
-    span=128,
     kernels=(),
     device="cpu",
     settings={
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": 1,  # with so little to do, more get in each other's way
         "NUM_LAYERS": 2,
+        "LOOP_LAYERS": 0,
+        "PARALLEL_FROM": 1,
+        "TRAIN_SEQ_SCHEDULE": "",
         "MODEL_DIM": 32,
         "NUM_HEADS": 2,
         "NUM_KV_HEADS": 1,
@@ -136,7 +136,6 @@ def train(name: str, seconds: int, settings: Settings) -> Command:
         "TRAIN_LOG_EVERY": 20,
         "WARMDOWN_ITERS": seconds * 3 // 4,
         "MUON_MOMENTUM_WARMUP_STEPS": seconds // 3,
-        "SWA_EVERY": seconds // 60,
         "EMA_DECAY": 0.96,
     }
     figures, limit = f"logs/check_{name}.jsonl", seconds + 320  # to compile, to export and to score
@@ -161,19 +160,26 @@ def bring_up(checks: Checks) -> list[Command]:
 
 
 def training_step(checks: Checks) -> list[Command]:
-    """Returns profiles of a step by each attention kernel, one and two spans at a time.
+    """Returns profiles of a step by each attention kernel.
 
     The last is without Inductor's mix-order reduction, some of whose kernels spill registers.
     """
     commands = []
     for kernel in checks.size.kernels or ("",):  # "": PyTorch's choice
-        for spans in (1, 2):
-            profile = checks.file(f"step_{kernel or 'default'}_{spans}", "json.gz")
-            chosen = ("--attention", kernel) if kernel else ()
-            words = ("train", *chosen, "--profile", str(profile))
-            commands.append(bench(checks, "step", words, {"MICRO_BATCH_TOKENS": spans * checks.size.span}))
-    plain = {"MICRO_BATCH_TOKENS": checks.size.span, "TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0}
-    return [*commands, bench(checks, "step", ("train",), plain)]
+        profile = checks.file(f"step_{kernel or 'default'}", "json.gz")
+        chosen = ("--attention", kernel) if kernel else ()
+        commands.append(bench(checks, "step", ("train", *chosen, "--profile", str(profile)), {}))
+    return [*commands, bench(checks, "step", ("train",), {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0})]
+
+
+STREAM: Settings = {  # frontier's way to score, on the record's model
+    "RECIPE": "record",
+    "EVAL_MODE": "streaming",
+    "TTT_CHUNK_TOKENS": 2048,
+    "TTT_EPOCHS": 1,
+    "TTT_ENTROPY_ADAPT": 0,
+    "TTT_DECAY": 0.005,
+}
 
 
 def scoring(checks: Checks) -> list[Command]:
@@ -183,15 +189,14 @@ def scoring(checks: Checks) -> list[Command]:
         bench(checks, "eval", ("score",), {"RECIPE": "record"}),
         bench(checks, "eval", ("score",), {"RECIPE": "record", "EVAL_STRIDE": window}),
         bench(checks, "eval", ("ttt",), {"RECIPE": "record"}),
-        bench(checks, "eval", ("score",), {"RECIPE": "record", "EVAL_MODE": "streaming"}),
-        bench(checks, "eval", ("ttt",), {"RECIPE": "best"}),
+        bench(checks, "eval", ("score",), STREAM),
+        bench(checks, "eval", ("ttt",), STREAM),
     ]
 
 
 VARIANTS: dict[str, Settings] = {
     "record": {"RECIPE": "record"},
-    "best": {"RECIPE": "best"},
-    "ema": {"RECIPE": "record", "SWA_ENABLED": 0},
+    "frontier": {"RECIPE": "frontier", "VOCAB_SIZE": 1024},  # with FineWeb's small tokenizer
 }
 
 

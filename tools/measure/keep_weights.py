@@ -6,11 +6,11 @@ The settings are train_gpt.py's. tools.measure.quant_report and .bench_eval read
 torch.load(weights_only=True): settings and tokenizer as in the artifact, weights.
 """
 
-import os
 from pathlib import Path
 
 import train_gpt as T
 from tools.common.cli import Parser, check_folder_of, ends_in_one_line
+from tools.common.spelling import read_settings
 from tools.common.weights import write_weights
 from tools.run import HookGroup, make_hooks
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with ends_in_one_line():
         check_folder_of(args.file)
-        s, device = T.parse_settings(os.environ), T.start_processes()
+        s, device = read_settings(), T.start_processes()
         hooks = HookGroup([*make_hooks(s).hooks, KeepWeights(args.file)])
         try:
             T.execute(T.Run(s, device, hooks, T.Log(hooks)))

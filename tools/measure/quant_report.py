@@ -256,7 +256,7 @@ def clip_steps(
     """Returns the record's steps (rows, 1) of w (rows, columns): the quantile of |w| of least error."""
     clips = torch.quantile(w.abs(), w.new_tensor(quantiles), dim=1, keepdim=True)  # (quantiles, rows, 1)
     steps = [(clip / limit).clamp_min(floor).to(dtype).float() for clip in clips]
-    errors = [(T.round_to(w, step, limit) * step - w).square().mean().item() for step in steps]
+    errors = [((w / step).round().clamp(-limit, limit) * step - w).square().mean().item() for step in steps]
     return steps[errors.index(min(errors))]
 
 
@@ -420,7 +420,7 @@ def draw(rows: list[Row]) -> bytes:
 def artifact_of(subject: Subject, calibration: T.Calibration) -> bytes:
     """Returns the artifact of unrounded weights, as it is when late QAT has not fixed other steps."""
     model, s = subject.model, subject.model.s
-    trained = SimpleNamespace(model=model, base=T.base_steps(model, calibration.fisher), knob=s.matrix_step)
+    trained = SimpleNamespace(model=model, base=T.base_steps(model, calibration.fisher), knob=1.0)
     copied = T.Calibration({name: m.clone() for name, m in calibration.moments.items()}, calibration.fisher)
     limit = s.artifact_limit - Path(T.__file__).stat().st_size
     with redirect_stdout(sys.stderr):

@@ -63,7 +63,6 @@ SETTINGS = {
     "VAL_LOSS_EVERY": 5,
     "TRAIN_LOG_EVERY": 1,
     "HOLDOUT_TOKENS": 1024,
-    "SWA_EVERY": 1,
     "LATE_QAT": 0,
     "EVAL_SEQ_LEN": 64,
     "EVAL_STRIDE": 16,
@@ -94,7 +93,7 @@ CASES = {
     "streaming": Case(STREAMING | {"TTT_EPOCHS": 2, "TTT_DECAY": 0.01}),
     "streaming_2": Case(STREAMING | {"TTT_MUON": 0}, processes=2),
     "qat": Case({"LATE_QAT": 1, "LATE_QAT_THRESHOLD": 0.3, "AUDIT": 1}),
-    "plain": Case(NO_EXTRAS | {"MICRO_BATCH_TOKENS": 512}),
+    "plain": Case(NO_EXTRAS),
     "tight": Case({"TTT_ENTROPY_ADAPT": 0}, room=110_000),
     "resumed": Case(
         {"LATE_QAT": 1, "LATE_QAT_THRESHOLD": 0.3, "CHECKPOINT_EVERY": 0.001, "RESUME": "auto"},

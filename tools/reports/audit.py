@@ -21,6 +21,7 @@ import torch
 
 import train_gpt as T
 from tools.common.cli import Parser, ends_in_one_line, one_line
+from tools.common.spelling import check_names
 from tools.common.weights import tables_on
 from tools.run.audit import CHECKS, Audit
 
@@ -30,15 +31,20 @@ SAME = ("same artifact", "same code", "same scores", "same epochs")  # as in the
 def audit_artifact(path: Path, environ: Mapping[str, str], device: torch.device) -> dict[str, Any]:
     """Returns Audit.finish() after an artifact was scored as by EVAL_ONLY=1. Raises RunError, OSError."""
     ours = {"AUDIT": "1", "RESUME": "", "ARTIFACT_PATH": str(path)}
+    check_names(environ)
     artifact = T.unpack_artifact(path.read_bytes(), path)
-    s = T.settings_for_scoring({**environ, **ours}, artifact, path.stem)
+    s = T.parse_settings({**environ, **ours}, artifact.settings | {"run_id": path.stem})
     audit = Audit(s, whole_text=True)
     run = T.Run(s, device, audit)
     run.log.outputs.clear()
     tables, fingerprint = tables_on(device, s)
     tokens = T.validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len).to(device)
     model = T.load_for_scoring(artifact, path, run, fingerprint)
-    T.score_artifact(run, model, tokens, tables)
+    if device.type == "cuda":
+        T.compile_scoring(run, model, tables)
+    evaluation = T.Evaluation(run, model, tokens, tables)
+    run.hooks.on_scoring(evaluation)
+    evaluation.run()
     return audit.finish()
 
 

@@ -20,7 +20,7 @@ from tools.common.cli import ROOT, Parser, ends_in_one_line
 from tools.common.tables import code, table
 from tools.measure.bench_eval import scoring_report
 from tools.reports.runlog import RunLog, read_log
-from train_gpt import FIELDS, RunError, allowed, show, write_atomically
+from train_gpt import FIELDS, RECIPES, RunError, allowed, show, write_atomically
 
 NOT_MEASURED = "not measured"
 GROUPS = {  # first setting of each
@@ -45,6 +45,15 @@ def settings_part() -> str:
         rows.append([f"`{name}`", default, allowed(f), code(f.metadata["help"])])
     header = ["setting", "default", "allowed", "meaning"]
     return "\n\n".join(f"**{title}**\n\n{table(header, rows)}" for title, rows in groups.items())
+
+
+def recipes_part() -> str:
+    """Returns a table of the settings in which the recipes differ."""
+    rows = []
+    for name in RECIPES["frontier"]:
+        values = [show(recipe[name]) for recipe in (RECIPES["record"], RECIPES["frontier"])]
+        rows.append([f"`{name.upper()}`", *(f"`{value}`" if value else "empty" for value in values)])
+    return table(["setting", "record", "frontier"], rows)
 
 
 def tools_part(root: Path) -> str:
@@ -244,6 +253,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
     "demo": ("README.md", lambda root: demo_part(read_log(root / "logs/demo.txt"))),
     "tools": ("docs/tools.md", tools_part),
     "settings": ("docs/settings.md", lambda root: settings_part()),
+    "recipes": ("docs/frontier.md", lambda root: recipes_part()),
     "speed": ("docs/gpu.md", lambda root: speed_part(bench_results(root / "logs"))),
     "quantizers": ("docs/experiments.md", lambda root: quantizers_part(root / "logs/quantizers.json")),
     "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),

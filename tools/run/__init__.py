@@ -6,11 +6,13 @@ on after it was stopped or killed, audit.py checks scoring. Each has a subclass 
 `make_hooks` puts together those that the settings ask for.
 """
 
+import os
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 
+from tools.common.spelling import check_names
 from tools.run.checkpoint import Checkpoints
 from tools.run.events import Events
 from tools.run.inputs import Inputs
@@ -138,7 +140,11 @@ class HookGroup(Hooks):
 
 
 def make_hooks(s: Settings) -> HookGroup:
-    """Returns the hooks that a run with these settings has, once its processes are joined."""
+    """Returns the hooks that a run with these settings has, once its processes are joined.
+
+    Raises RunError for variables that were meant as settings and are none.
+    """
+    check_names(os.environ)
     watch = Watch() if world_size() > 1 else None
     checkpoints = Checkpoints(watch) if s.checkpoint_every or s.resume else None
     phase = checkpoints.restore_phase if checkpoints else Hooks().restore_phase

@@ -254,6 +254,7 @@ class Audit(T.Hooks):
     def __init__(self, s: T.Settings, *, whole_text: bool = False) -> None:
         self.s, self.whole_text = s, whole_text
         self.evaluation = self.stage = None  # what is watched; the present Stage
+        self.apart = 0.0  # seconds of its own, which are not scoring's
         self.stages, self.failed = {}, []  # values by stage; check and line of violations
 
     @contextmanager
@@ -261,11 +262,13 @@ class Audit(T.Hooks):
         """Take time that is not scoring's."""
         clock, begin = self.evaluation.clock, self.evaluation.clock.seconds(wait)
         yield
-        clock.apart += clock.seconds(wait) - begin
+        spent = clock.seconds(wait) - begin
+        clock.add(-spent)
+        self.apart += spent
 
     def affordable(self) -> bool:
         """Returns whether there is time for a check."""
-        return self.evaluation.clock.apart <= BUDGET * (time.perf_counter() - self.start)
+        return self.apart <= BUDGET * (time.perf_counter() - self.start)
 
     def watched(self) -> Stage | None:
         """Returns the present stage, begun by what happens first."""
@@ -412,7 +415,7 @@ class Audit(T.Hooks):
         model, at = copy.copy(scorer.model), read.at[row : row + 1]
         cache = read.cache and [slot[:, row : row + 1] for slot in read.cache]
         seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1) if cache else at  # as in Scorer.read()
-        ids, context = scorer.ids(seen), model.context(at.size(1), cache)
+        ids, context = scorer.ids(seen), scorer.context(at, cache)
         every = torch.arange(self.s.vocab_size, device=ids.device)[None]  # (1, V)
 
         def logits_of_place(tokens: Tensor, *rest: Any) -> Tensor:
@@ -473,7 +476,7 @@ class Audit(T.Hooks):
         here, system = os.getcwd() + os.sep, (sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys")
         own = {path.removeprefix(here) for path in opened if not path.startswith(system)}
         self.failed += [("files", line) for line in wrong]
-        every = gather((self.failed, own, evaluation.clock.apart / seconds))
+        every = gather((self.failed, own, self.apart / seconds))
         failed = [failure for failures, *_ in every for failure in failures]
         return {
             "violations": list(dict.fromkeys(line for _, line in failed)),

@@ -40,6 +40,7 @@ from train_gpt import (
     Trainer,
     all_reduce,
     from_rank0,
+    open_shards,
     rank,
     show,
     together,
@@ -147,6 +148,9 @@ class Checkpoints(Hooks):
         self.source = self.path if s.resume in ("", "auto") else Path(s.resume)
         self.made_by = {name: show(getattr(s, name)) for name in KEPT if name.upper() not in MAY_DIFFER}
         self.made_by["source"] = hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
+        if not s.eval_only:
+            shards = together(lambda: open_shards(s.data_path, "train"))
+            self.made_by["train_shards"] = str([len(shard) for shard in shards])
         if s.resume:
             self.found = from_rank0(together(self.find, 1))
         if self.found:
@@ -169,6 +173,8 @@ class Checkpoints(Hooks):
             raise RunError(f"checkpoint {path}: of training, not of scoring an artifact; give another RUN_ID")
         for name, value in self.made_by.items():
             other = content["made_by"].get(name)
+            if name == "train_shards" and content["phase"] == "scoring":
+                continue  # they have done their part
             if other != value and name == "source":
                 raise RunError(f"checkpoint {path}: made by another train_gpt.py")
             if other != value:
@@ -184,12 +190,12 @@ class Checkpoints(Hooks):
         return self.phase
 
     def restore(self) -> dict[str, Any] | None:
-        """Returns the state to go on from, on the run's device, and its `source`; it is not kept here."""
+        """Returns the state to go on from, on the run's device; it is not kept here."""
         found, self.found = self.found, {}
         if not found:
             return None
         set_generators(self.run.device, found["generators"])
-        return copies_on(self.run.device, found["state"]) | {"source": f"checkpoint {self.source}"}
+        return copies_on(self.run.device, found["state"])
 
     def restore_training(self) -> dict[str, Any] | None:
         """Returns the Trainer's state, if any. Its loop begins; before a first step nothing is due."""

@@ -41,7 +41,16 @@ class Ownership(Hooks):
     def on_start(self, run: Run) -> None:
         """Take the lock. Raises RunError if another run has it."""
         self.run = run
+        together(self.check_folders, 1)
         together(self.lock, 1)
+
+    def check_folders(self) -> None:
+        """Raises RunError, OSError if what the run is to write cannot be written."""
+        run = self.run
+        for path in [run.log_path] if run.settings.eval_only else [run.artifact_path, run.log_path]:
+            os.makedirs(path.parent, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise RunError(f"{path} cannot be written")
 
     def lock(self) -> None:
         """Take the lock. Raises RunError, OSError."""

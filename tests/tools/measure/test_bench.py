@@ -340,7 +340,7 @@ def test_streaming_is_measured_too(capsys, monkeypatch):
     score = run_json(capsys, "score", "--steps", "2")
     check_common(score, "score")
     check_speed(score)
-    assert score["tokens_per_step"] == 4 * 9 * 32  # four lanes of nine windows
+    assert score["tokens_per_step"] == 8 * 48  # eight chunks
     assert score["flop_per_token"] == forward  # each position is computed once
     ttt = run_json(capsys, "ttt", "--steps", "2")
     check_common(ttt, "ttt")

@@ -13,10 +13,10 @@ from tools.measure import bench_eval
 pytestmark = pytest.mark.slow
 
 ROWS = [
-    "RECIPE=record TTT_ENABLED=0",
-    "RECIPE=best TTT_ENABLED=0",
-    "RECIPE=record TTT_CHUNK_TOKENS=256",
-    "RECIPE=best TTT_CHUNK_TOKENS=64 TTT_LR=0.01",
+    "TTT_ENABLED=0",
+    "EVAL_MODE=streaming TTT_EPOCHS=1 TTT_ENTROPY_ADAPT=0 TTT_DECAY=0.005 TTT_ENABLED=0",
+    "TTT_CHUNK_TOKENS=256",
+    "EVAL_MODE=streaming TTT_EPOCHS=1 TTT_ENTROPY_ADAPT=0 TTT_DECAY=0.005 TTT_CHUNK_TOKENS=64 TTT_LR=0.01",
 ]
 
 

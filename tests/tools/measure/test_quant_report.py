@@ -265,22 +265,6 @@ def test_the_curves_are_drawn(program, folder):
     assert (folder / "curve.png").read_bytes().startswith(PNG)
 
 
-def test_settings_in_the_environment_say_how_the_matrices_are_rounded(program):
-    fine, coarse = (
-        program("made.pt", "--knobs", "2", "--tokens", "64", MATRIX_STEP=step)[2] for step in (1, 2)
-    )
-    for a, b in zip(fine["matrices"][:-1], coarse["matrices"], strict=False):
-        assert (
-            b["bits"] == a["bits"] == 0
-            or b["step"] == pytest.approx(2 * a["step"], rel=0.1)
-            and b["bits"] < a["bits"]
-        )
-    for a, b in zip(fine["points"], coarse["points"], strict=False):
-        # so small a model has sizes only so near to what is asked for
-        assert a["method"] == b["method"] and a["bytes"] == pytest.approx(b["bytes"], rel=0.01)
-    assert fine["points"][0]["kl"] == coarse["points"][0]["kl"]
-
-
 BAD = {
     "is not there": ("nothing.pt", {}, "nothing.pt"),
     "is a folder": ("data", {}, "data"),

@@ -34,11 +34,11 @@ def row_of(printed):
 def test_the_same_program_has_the_same_results_and_a_changed_constant_is_found(repository, capsys):
     same_results.main(["HEAD", "small"])
     case, lines, result, artifact = row_of(capsys.readouterr().out)
-    assert (case, result) == ("small", "same") and int(lines) >= 10
+    assert (case, result) == ("small", "same") and int(lines) >= 9
     assert artifact.startswith("same, SHA-256 ")
 
     program = repository / "train_gpt.py"
-    changed = program.read_text("utf-8").replace("3.4445 * X", "3.4465 * X")
+    changed = program.read_text("utf-8").replace("((3.4445, ", "((3.4465, ")
     assert changed != program.read_text("utf-8")
     program.write_text(changed, "utf-8")
     with pytest.raises(SystemExit) as end:

@@ -13,10 +13,11 @@ from tests import commands
 from tests.tools.reports.test_runlog import PRINTED, committed, make_log
 from tests.tools.test_layout import COMMANDS
 from tools.common.cli import ROOT
+from tools.common.spelling import RETIRED
 from tools.common.tables import code, table
 from tools.reports import docs
 from tools.reports.runlog import parse_log, split_source
-from train_gpt import FIELDS, RETIRED, allowed, show
+from train_gpt import FIELDS, allowed, show
 
 TEMPLATES = {
     "README.md": """# Title
@@ -33,6 +34,7 @@ After.
 """,
     "docs/tools.md": "<!-- generated: tools -->\n<!-- end -->\n",
     "docs/settings.md": "# Settings\n\n<!-- generated: settings -->\n<!-- end -->\n",
+    "docs/frontier.md": "# Settings\n\n<!-- generated: recipes -->\n<!-- end -->\n",
     "docs/gpu.md": "<!-- generated: speed -->\n<!-- end -->\n",
     "docs/experiments.md": """<!-- generated: quantizers -->
 <!-- end -->
@@ -44,8 +46,8 @@ After.
 """,
 }
 ALL = (
-    "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, speed in docs/gpu.md, "
-    "quantizers in docs/experiments.md, scoring in docs/experiments.md"
+    "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, recipes in docs/frontier.md, "
+    "speed in docs/gpu.md, quantizers in docs/experiments.md, scoring in docs/experiments.md"
 )
 TOOL = '''"""Count the words of a log.
 
@@ -351,6 +353,7 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
         emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
         assert emptied == TEMPLATES[place].replace("old text\n", "")
     assert part(found["docs/settings.md"], "settings").strip() == docs.settings_part()
+    assert part(found["docs/frontier.md"], "recipes").strip() == docs.recipes_part()
     assert part(found["README.md"], "demo").strip() == docs.demo_part(parse_log(make_log(), "sketch"))
     assert run() == run("--check") == found
     assert capsys.readouterr().out.splitlines() == [f"wrote {ALL}", "up to date", "up to date"]

@@ -181,11 +181,13 @@ def resumable(stopped, tmp_path):
     return shutil.copytree(stopped[0], tmp_path / "stopped")
 
 
-def test_a_gradient_that_is_no_number_is_named_and_the_last_good_checkpoint_goes_on(
+def test_a_gradient_that_is_no_number_names_its_step_and_the_last_good_checkpoint_goes_on(
     stopped, resumable, undisturbed
 ):
-    assert stopped[1].status == 2 and stopped[1].err.startswith("train_gpt.py: error: step 6: loss ")
-    assert ", first in the gradient of up_bank; " in stopped[1].err
+    assert stopped[1].status == 2 and re.fullmatch(
+        r"train_gpt.py: error: step 6: loss [0-9.]+, gradient norm nan; lower the learning rates\n",
+        stopped[1].err,
+    )
     result = finish(start(resumable, **SAFE | NO_QAT))
     assert re.search("^resumed step:[3-5]$", result.out, re.M)
     check_end(resumable, result, undisturbed(None))
@@ -249,7 +251,9 @@ def test_other_shards_and_another_source_than_the_checkpoints_are_refused(resuma
     assert result.status == 2 and "made by another train_gpt.py" in result.err
     tiny.write_shard(resumable / "data/fineweb_train_000001.bin", [1] * 6001)
     result = tiny.run(resumable, **SAFE | NO_QAT)
-    assert result.status == 2 and "checkpoint logs/tiny.ckpt: made with train shards of [6000, " in result.err
+    assert result.status == 2 and result.err.endswith(
+        "checkpoint logs/tiny.ckpt: made with TRAIN_SHARDS=[6000, 6000], not [6000, 6001]\n"
+    )
 
 
 def test_resume_auto_without_a_checkpoint_starts_and_without_a_run_id_is_an_error(folder, undisturbed):

@@ -160,7 +160,6 @@ def test_every_event_of_a_run_is_in_the_documents_with_its_values(folder):
     assert {event["event"] for event in events} > {
         "settings",
         "step",
-        "swa",
         "stage",
         "ttt_chunk",
         "checkpoint",
