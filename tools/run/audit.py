@@ -4,7 +4,8 @@
     order      An update learns from targets scored before; chunks follow each other without gap or overlap.
     weights    Nothing but an update changes them, and every stage starts from the artifact's.
     sums       Of some targets all tokens' probabilities sum to 1, and the target's is the one recorded.
-    reads      Some reads are repeated with all tokens behind a random one replaced: bitwise the same before.
+    reads      Some reads are repeated with all tokens behind a random one replaced: bitwise the same before;
+               and with all before its document replaced, if documents are apart: bitwise the same in it.
     chunks     So are some chunks of test-time training, from the weights before them.
     bytes      Those of a score are the whole text's; those of some documents are what SentencePiece decodes.
     totals     Score, val_loss and val_bpb are those of what was recorded.
@@ -53,14 +54,19 @@ FOREIGN = "the weights learn from what is no part of the text that is scored"
 # ======== Small parts ========
 
 
-def with_other_future(scorer: T.Scorer, last: int, choice: random.Random) -> T.Scorer:
-    """Returns an unwatched scorer of a text with other tokens behind number `last`."""
+def with_others(scorer: T.Scorer, changed: slice, choice: random.Random) -> T.Scorer:
+    """Returns an unwatched scorer of a text with other tokens in a slice.
+
+    Documents stay as long as they are where attention looks at that, or sums would be of another order.
+    """
     tokens, model, window = scorer.tokens, scorer.model, scorer.window
     generator = torch.Generator(tokens.device).manual_seed(choice.getrandbits(62))
     shift = torch.zeros_like(tokens)
-    shift[last + 1 :].random_(1, model.s.vocab_size, generator=generator)
-    tokens = (tokens + shift) % model.s.vocab_size
-    return type(scorer)(model, tokens, scorer.tables, window, scorer.batch * window)
+    shift[changed].random_(1, model.s.vocab_size, generator=generator)
+    others = (tokens + shift) % model.s.vocab_size
+    if model.s.document_attention:
+        others = torch.where((tokens == T.BOS) | (others == T.BOS), tokens, others)
+    return type(scorer)(model, others, scorer.tables, window, scorer.batch * window)
 
 
 def fingerprint(model: T.GPT) -> int:
@@ -392,12 +398,15 @@ class Audit(T.Hooks):
             return False
         row, column = self.own.choice(places[1:] or places)  # rather one with others before
         p = int(at[row, column])
-        scorer = with_other_future(read.scorer, p, self.own)
-        cache = read.cache and list(read.cache)
-        with torch.set_grad_enabled(read.losses.requires_grad):
-            again = scorer.read(at, read.matrices, cache).losses.detach()
-        if wrong := at[(at < p) & (again != read.losses)].tolist():
+        scorer = with_others(read.scorer, slice(p + 1, None), self.own)
+        if wrong := at[(at < p) & self.differ(read, scorer)].tolist():
             stage.fail("reads", f"a later token was read: behind number {p}, at position {min(wrong)}")
+        if self.documents_apart():
+            begin = max([0, *(stage.tokens[: p + 1] == T.BOS).nonzero()[-1:].flatten().tolist()])
+            before = with_others(read.scorer, slice(0, begin), self.own)
+            if wrong := at[(begin <= at) & (at < p) & self.differ(read, before)].tolist():
+                what = "another document was read"
+                stage.fail("reads", f"{what}: one before number {begin}, at position {min(wrong)}")
         losses = self.losses_of_all(stage, read, scorer, row, column)
         total, real = losses.neg().exp().sum().item(), losses[stage.tokens[p + 1]].item()
         recorded = read.losses[row, column].item()
@@ -408,6 +417,16 @@ class Audit(T.Hooks):
             stage.fail("sums", f"a score is not that of its context alone: {line}")
         stage.made.update(("sums", "reads"))
         return True
+
+    def documents_apart(self) -> bool:
+        """Returns whether nothing of a document may depend on one before it."""
+        return self.s.document_attention and self.s.smear == "token" and self.s.bigram_vocab_size < 2
+
+    def differ(self, read: T.Read, scorer: T.Scorer) -> Tensor:
+        """Returns where losses (B, T) are others when a scorer of another text repeats a read."""
+        with torch.set_grad_enabled(read.losses.requires_grad):
+            again = scorer.read(read.at, read.matrices, read.cache and list(read.cache))
+        return again.losses.detach() != read.losses
 
     @torch.no_grad()
     def losses_of_all(self, stage: Stage, read: T.Read, scorer: T.Scorer, row: int, column: int) -> Tensor:
@@ -434,7 +453,7 @@ class Audit(T.Hooks):
         if high - low < 2:
             return
         stage.last = self.shared.randint(min((low + high) // 2 + 1, high - 1), high - 1)
-        scorer = with_other_future(mode.scorer, stage.last, self.shared)
+        scorer = with_others(mode.scorer, slice(stage.last + 1, None), self.shared)
         scorer.hooks = stage.replay = Stage(scorer)
         state, bits = copy.deepcopy(learner.state_dict()), fingerprint(stage.model)
         type(mode)(self.s, scorer, learner).score_chunk(chunk)

@@ -20,6 +20,7 @@ from tests import (
     forked,  # noqa: F401 (what the server of forks has imported)
     tiny,
 )
+from tests.helpers import FRONTIER
 from tools.reports import audit as command
 from tools.run import audit
 
@@ -678,6 +679,26 @@ PLANTS = {
     "learn too far, later": (windows(LearnsLater), WINDOWS, "order", "adapted on before it was scored"),
     "swap chunks": (stream(SkipsAChunk), STREAM, "order", "chunks out of order"),
 }
+
+
+class OneDocument(T.GPT):
+    """To whose attention all of a text is one document."""
+
+    def context(self, tokens, *rest):
+        return super().context(tokens.masked_fill(tokens == T.BOS, T.BOS + 1), *rest)
+
+
+@pytest.mark.parametrize("mode", ["sliding", "streaming"])
+def test_the_frontier_keeps_the_rules_and_a_leak_between_documents_is_named(tmp_path, mode):
+    settings = FRONTIER | dict(EVAL_MODE=mode, EVAL_SEQ_LEN=128)
+    tiny.make_data(tmp_path)
+    (tmp_path / "logs").mkdir()
+    make_artifact(tmp_path / ARTIFACT, seed=0, **settings)
+    with chdir(tmp_path):
+        *_, found = audited(settings)
+        assert found["violations"] == [] and all(one["checks"]["reads"] for one in found["stages"].values())
+        *_, found = audited(settings, model=OneDocument)
+        assert "another document was read" in " ".join(found["violations"])
 
 
 @pytest.mark.parametrize("name", PLANTS)
