@@ -13,7 +13,6 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
-import io
 import os
 import sys
 import sysconfig
@@ -27,7 +26,7 @@ import sentencepiece
 
 from tools.common.cli import Parser, ends_in_one_line
 from tools.common.shards import STATED
-from tools.data.make_shards import Tally, write_shards
+from tools.data.make_shards import Tally, train_tokenizer, write_shards
 from train_gpt import RunError
 
 SPACE = "\u2581"  # how SentencePiece writes a space, so that it cannot tell the two apart
@@ -133,33 +132,6 @@ def split_by_hash(texts: list[str], val_bytes: int) -> tuple[list[str], list[str
     return ordered[:count], ordered[count:]
 
 
-def train_tokenizer(texts: list[str]) -> bytes:
-    """Returns a SentencePiece BPE model with FineWeb's special ids.
-
-    What it decodes is what was encoded, whitespace included.
-    """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        max_sentence_length=2**30,
-        num_threads=2,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 def gather(say: Callable[[str], None] = print) -> list[str]:
     """Returns all documents, each text once.
 
@@ -192,7 +164,7 @@ def build(
 ) -> None:
     """Split texts, train the tokenizer and write FILES into folder."""
     val, train = split_by_hash(texts, val_bytes)
-    model = train_tokenizer(train)
+    model = train_tokenizer(train, VOCAB_SIZE)
     (folder / "tokenizer.model").write_bytes(model)
     say(f"trained a tokenizer of {VOCAB_SIZE} tokens on the training documents")
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -2,6 +2,7 @@
 
     python -m tools.data.fineweb                    # 80 training shards, all of validation, the tokenizer
     python -m tools.data.fineweb --train-shards 1   # enough for a trial run
+    python -m tools.data.fineweb --variant sp8192   # for RECIPE=frontier; sp4096 is published, too
 
 Needs `pip install huggingface_hub`, which takes a mirror from HF_ENDPOINT and a token from HF_TOKEN. A file
 gets its final name only when it is complete and valid, and is not downloaded again after that: to go on after
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 REMOTE = "datasets/"  # the repository's folder that is laid out like --out
-PUBLISHED = ("willdepueoai/parameter-golf", "kevclark/parameter-golf")
+PUBLISHED = ("willdepueoai/parameter-golf", "kevclark/parameter-golf")  # of sp1024; of larger ones
 # Tokens of validation by variant, and MB of its text, which is the same 50,000 documents in all of them (the
 # challenge's README and logs)
 VALIDATION_TOKENS = {"sp1024": 62_021_633}
@@ -66,6 +67,23 @@ def choose_shards(paths: Iterable[str], variant: str) -> tuple[list[str], list[s
     return train, val
 
 
+def read_entries(manifest: str) -> dict[str, dict]:
+    """Returns the objects of a manifest's JSON text by their name; nothing of a text that is none."""
+    entries = {}
+    with suppress(ValueError):
+        json.loads(manifest, object_hook=lambda item: entries.update({str(item.get("name")): item}) or item)
+    return entries
+
+
+def check_counts(manifest: str, variant: str, train: list[str], val: list[str]) -> None:
+    """Raises RunError if the manifest counts other shards of the variant than the repository has."""
+    stats = read_entries(manifest).get(f"fineweb10B_{variant}", {}).get("stats")
+    for name, found in (("files_train", train), ("files_val", val)):
+        stated = stats.get(name) if isinstance(stats, dict) else None
+        if isinstance(stated, int) and stated != len(found):
+            raise RunError(f"variant {variant!r}: the manifest has {name} {stated}, the Hub {len(found)}")
+
+
 def choose_tokenizer(paths: Iterable[str], variant: str, manifest: str) -> str:
     """Returns the SentencePiece model of `variant` among the repository's `paths`.
 
@@ -73,9 +91,7 @@ def choose_tokenizer(paths: Iterable[str], variant: str, manifest: str) -> str:
     name of an entry that does. Otherwise the file's own name does: fineweb_1024_bpe.model. Raises RunError if
     there is none.
     """
-    entries = {}
-    with suppress(ValueError):
-        json.loads(manifest, object_hook=lambda item: entries.update({str(item.get("name")): item}) or item)
+    entries = read_entries(manifest)
     entry = entries.get(f"fineweb10B_{variant}", {})
     related = [
         entry,
@@ -145,6 +161,7 @@ def download(
     """Complete the folder `out`; return (tokenizer, number of training and of validation shards, bytes)."""
     sizes, manifest, source = read_catalog(api, source)
     train, val = choose_shards(sizes, variant)
+    check_counts(manifest, variant, train, val)
     if len(train) < train_shards:
         print(f"{train_shards} training shards asked for, {len(train)} published: taking all")
     train, tokenizer = train[:train_shards], choose_tokenizer(sizes, variant, manifest)
@@ -209,11 +226,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("data"), metavar="DIR", help="destination (default ./data)"
     )
-    parser.add_argument("--repo", default=PUBLISHED[0], help="dataset repository on the Hub")
+    parser.add_argument("--repo", help="dataset repository on the Hub (the challenge's that has the variant)")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
     args = parser.parse_args(argv)
     if args.train_shards < 0:
         parser.error("--train-shards must be 0 or more")
+    args.repo = args.repo or PUBLISHED[args.variant != "sp1024"]
     return args
 
 

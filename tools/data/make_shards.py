@@ -2,6 +2,7 @@
 
     python -m tools.data.make_shards --tokenizer T.model --out data/mine \\
         --val val.jsonl --train a.jsonl.xz b.txt
+    python -m tools.data.make_shards --train-tokenizer 8192 --out data/mine --val V.txt --train T.txt
 
 A .txt file is one document; a .jsonl file has one document a line, under "text"; both may be compressed as
 .xz. Files are streamed, so they may be larger than memory, but no document may exceed MAX_DOCUMENT_BYTES.
@@ -11,14 +12,19 @@ validation is left out.
 
 It says how many bytes the text has and how many a run counts for its tokens, and what the tokenizer dropped
 of the others. The tokens and bytes of validation are stated in fineweb_val.json, which a run checks.
+
+--train-tokenizer makes a tokenizer of the training text first, without the documents that are also in
+validation, and keeps it beside the shards as tokenizer.model. The same text gives the same tokenizer.
 """
 
 import argparse
 import codecs
 import hashlib
+import io
 import json
 import lzma
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +44,8 @@ SPLITS = ("val", "train")
 SHARD_TOKENS = 100_000_000
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 MAX_VOCAB_SIZE = 2**16  # tokens are uint16
+MIN_VOCAB_SIZE = 300  # 256 byte pieces, special ones and some characters
+TOKENIZER = "tokenizer.model"  # one of --train-tokenizer, beside the shards
 MAX_DOCUMENT_BYTES = 2**26
 BATCH_CHARS = 2**22  # encoded at once, by all cores
 
@@ -61,6 +69,50 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise RunError(f"tokenizer {path}: has no BOS id, which has to lead every document")
     T.check_spaces(tokenizer, f"tokenizer {path}")
     return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
+    """Returns a SentencePiece BPE model with FineWeb's special ids.
+
+    What it decodes is what was encoded, whitespace included. Raises RunError for a text that does not have so
+    many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(documents),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=2**30,
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        raise RunError(f"--train-tokenizer {vocab_size}: the text does not do for that ({reason})") from None
+    return model.getvalue()
+
+
+def tokenizer_text(args: argparse.Namespace) -> Iterator[str]:
+    """Yield training documents that are not in validation, --tokenizer-text megabytes of them."""
+    known = {digest(text) for path in args.val for text, _ in read_file(path)}
+    left = args.tokenizer_text * 1_000_000
+    for text in (text for path in args.train for text, _ in read_file(path)):
+        if left <= 0:
+            return
+        if digest(text) not in known:
+            left -= len(text.encode())
+            yield text
 
 
 def parse_record(line: bytes) -> str:
@@ -260,7 +312,7 @@ def write_shards(
 def find_shards(folder: Path) -> list[Path]:
     """Returns the shards in a folder and what is stated of them."""
     found = [path for split in SPLITS for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
-    return found + [path for path in [folder / STATED] if path.exists()]
+    return found + [path for path in [folder / STATED, folder / TOKENIZER] if path.exists()]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -274,6 +326,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise RunError(f"{path}: given for both --val and --train, which must not share text")
     if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS:
         raise RunError(f"--shard-tokens {args.shard_tokens}: allowed are 1 to {MAX_SHARD_TOKENS}")
+    if args.train_tokenizer is not None and not MIN_VOCAB_SIZE <= args.train_tokenizer <= MAX_VOCAB_SIZE:
+        allowed = f"allowed are {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}"
+        raise RunError(f"--train-tokenizer {args.train_tokenizer}: {allowed}")
     if find_shards(args.out) and not args.force:
         raise RunError(
             f"{args.out}: holds shards already; choose another --out, or replace them with --force"
@@ -283,9 +338,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 def make_shards(args: argparse.Namespace) -> None:
     """Do what the arguments say. Raises RunError, OSError."""
     check_arguments(args)
-    tokenizer = load_tokenizer(args.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=args.out) as unfinished:
+        path = args.tokenizer or Path(unfinished) / TOKENIZER
+        if args.train_tokenizer is not None:
+            start = time.perf_counter()
+            path.write_bytes(train_tokenizer(tokenizer_text(args), args.train_tokenizer))
+            seconds = time.perf_counter() - start
+            print(f"a tokenizer of {args.train_tokenizer:,} tokens, {seconds:.1f} s", flush=True)
+        tokenizer = load_tokenizer(path)
         tally = Tally(tokenizer)
         for split, paths in zip(SPLITS, (args.val, args.train), strict=True):
             progress = Progress(split, paths)
@@ -293,18 +354,30 @@ def make_shards(args: argparse.Namespace) -> None:
             print(f"{split}: {tally.report()}, {time.perf_counter() - progress.start:.1f} s", flush=True)
             tally = Tally(tokenizer, others=tally.digests)
         new = [args.out / path.name for path in find_shards(Path(unfinished))]
-        old = set(find_shards(args.out)) - set(new)
+        old = set(find_shards(args.out)) - {*new, args.tokenizer}
         for path in new:
             os.replace(Path(unfinished) / path.name, path)
         for path in old:
             path.unlink()
     print(*new, sep="\n")
+    if args.train_tokenizer is not None:
+        values = {"DATA_PATH": args.out, "TOKENIZER_PATH": args.out / TOKENIZER}
+        values["VOCAB_SIZE"] = args.train_tokenizer
+        print("To train:", *(f"{name}={shlex.quote(str(value))}" for name, value in values.items()), end=" ")
+        print("torchrun --standalone --nproc_per_node=gpu train_gpt.py")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Turn text into shards."""
     parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", type=Path, help="SentencePiece model")
+    tokenizer.add_argument(
+        "--train-tokenizer", type=int, metavar="N", help="make one of N tokens of the training text"
+    )
+    parser.add_argument(
+        "--tokenizer-text", type=int, default=100, metavar="MB", help="of text to make it of (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--val", type=Path, nargs="+", required=True, metavar="FILE", help="validation text")
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="training text")

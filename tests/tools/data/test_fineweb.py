@@ -18,7 +18,16 @@ from tests import tiny
 from tests.commands import fails
 from tests.forked import Process
 from tools.common.cli import ROOT
-from tools.data.fineweb import RunError, choose_shards, choose_tokenizer, main, state_totals
+from tools.data.fineweb import (
+    PUBLISHED,
+    RunError,
+    check_counts,
+    choose_shards,
+    choose_tokenizer,
+    main,
+    parse_arguments,
+    state_totals,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -301,3 +310,23 @@ def test_without_a_usable_manifest_the_file_name_tells_the_tokenizer(manifest):
 def test_the_manifest_decides_the_tokenizer():
     manifest = '{"datasets": [{"name": "fineweb10B_sp1024", "files": {"model": "t/other.model"}}]}'
     assert choose_tokenizer(["a/other.model", f"a/{TOKENIZER}"], "sp1024", manifest) == "a/other.model"
+
+
+def test_each_variant_comes_from_the_repository_that_publishes_it():
+    found = {
+        variant: parse_arguments(["--variant", variant]).repo for variant in ("sp1024", "sp4096", "sp8192")
+    }
+    assert found == {"sp1024": PUBLISHED[0], "sp4096": PUBLISHED[1], "sp8192": PUBLISHED[1]}
+    assert parse_arguments(["--variant", "sp8192", "--repo", "a/b"]).repo == "a/b"
+
+
+@pytest.mark.parametrize("name, stated, found", [("files_train", 4, 3), ("files_val", 1, 2)])
+def test_counts_other_than_the_manifests_are_told(name, stated, found):
+    shards = {"files_train": ["a"] * 3, "files_val": ["b"] * 2}
+    true = {name: len(paths) for name, paths in shards.items()}
+    for stats in (true, {}, None, {"files_val": "two"}):
+        manifest = json.dumps({"datasets": [{"name": "fineweb10B_sp8192", "stats": stats}]})
+        check_counts(manifest, "sp8192", *shards.values())
+    manifest = json.dumps({"datasets": [{"name": "fineweb10B_sp8192", "stats": true | {name: stated}}]})
+    with pytest.raises(RunError, match=f"the manifest has {name} {stated}, the Hub {found}"):
+        check_counts(manifest, "sp8192", *shards.values())

@@ -347,3 +347,39 @@ def test_a_reader_that_goes_away_costs_no_shards(folder):
         after = contents("out")
         assert after == before or {"fineweb_val_000000.bin", "fineweb_train_000000.bin"} <= after.keys()
         assert len(after) in (len(before), 3)
+
+
+def test_a_tokenizer_is_made_of_the_training_text_alone(folder, capsys):
+    """Without what is also in validation; the same text gives the same one; its command is printed."""
+    text = Path(argparse.__file__).read_text("utf-8")
+    records = [json.dumps({"text": part}) for part in (text[:30_000], "Qqqq Xxxx " * 50)]
+    Path("train.jsonl").write_text("\n".join(records))
+    Path("val.jsonl").write_text(records[1])
+    made = []
+    for out in ("one", "two"):
+        arguments = ["--train-tokenizer", "400", "--val", "val.jsonl", "--train", "train.jsonl", "--out", out]
+        make_shards.main(arguments)
+        made.append(Path(out, "tokenizer.model").read_bytes())
+    assert made[0] == made[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("To train: DATA_PATH=two TOKENIZER_PATH=two/tokenizer.model VOCAB_SIZE=400 ")
+    assert any("1 documents of validation left out" in line for line in lines)
+    tokenizer = make_shards.load_tokenizer(Path("two/tokenizer.model"))
+    assert (tokenizer.vocab_size(), tokenizer.bos_id(), tokenizer.pad_id()) == (400, 1, 0)
+    assert not any("Qq" in tokenizer.id_to_piece(i) for i in range(400))
+    assert tokenizer.decode(tokenizer.encode(text[:3000])) == text[:3000]
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--train-tokenizer", "299"], "--train-tokenizer 299: allowed are 300 to 65536"),
+        (["--train-tokenizer", "65537"], "--train-tokenizer 65537: allowed are 300 to 65536"),
+        (["--train-tokenizer", "60000"], "--train-tokenizer 60000: the text does not do for that ("),
+        ([], "one of the arguments --tokenizer --train-tokenizer is required"),
+        (["--train-tokenizer", "400", "--tokenizer", "tokenizer.model"], "not allowed with argument"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_is_told_in_a_line(folder, arguments, told):
+    rest = ["--out", "out", "--val", "val.txt", "--train", "train.jsonl"]
+    assert told in fails(make_shards.main, *arguments, *rest)
