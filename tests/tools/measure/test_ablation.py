@@ -1,0 +1,55 @@
+"""tools/measure/ablation.py: variants that can be trained, and a comparison of what came of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train_gpt as T
+from tests.commands import fails
+from tools.measure import ablation
+
+BPB = {"averaged": 2.5, "final_int6_roundtrip": 2.6, "legal_ttt": 2.4}
+
+
+def finished(folder, name, seed, gain):
+    """Leave the events of a run whose scores are BPB less a gain."""
+    events = [{"event": "trained", "steps": 100 + seed}]
+    events += [{"event": "stage", "stage": stage, "val_bpb": bpb - gain} for stage, bpb in BPB.items()]
+    path = folder / f"logs/{name}_{seed}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, [*events, {"event": "finished"}])))
+
+
+def test_every_part_of_the_recipe_is_left_out_once():
+    given = {name for name in ablation.environment(Path("data")) if name in T.FIELDS}
+    parts = [name for names in ablation.PARTS.values() for name in names]
+    assert len(parts) == len({*parts}) and not given & {*parts}
+    for name, settings in ablation.variants().items():
+        values = {name: x for name, x in ablation.environment(Path("data")).items() if name in T.FIELDS}
+        s = T.parse_settings(values | settings)
+        assert s.recipe == ("record" if name == "record" else "frontier") and s.eval_mode == "streaming"
+
+
+def test_runs_that_have_finished_are_compared_and_not_repeated(tmp_path, capsys):
+    for seed, more in ((1, 0.0), (2, 0.02)):
+        finished(tmp_path, "record", seed, more)
+        finished(tmp_path, "frontier", seed, 0.1 + more)
+    only = ("--only", "record", "frontier", "--seeds", "1", "2", "--out", str(tmp_path))
+    ablation.main(["data", *only, "--json", str(tmp_path / "found.json")])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["record", "102", "2.4900", "2.5900", "2.3900", "0.0200", "+0.1000"] in rows
+    assert ["frontier", "102", "2.3900", "2.4900", "2.2900", "0.0200", "+0.0000"] in rows
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in found["rows"]] == [
+        ("record", 1),
+        ("frontier", 1),
+        ("record", 2),
+        ("frontier", 2),
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_in_a_line(tmp_path):
+    only = ("--only", "record", "--seeds", "1", "--out", str(tmp_path / "out"))
+    assert "record_1: train_gpt.py: error: " in fails(ablation.main, str(tmp_path / "none"), *only)
