@@ -105,14 +105,14 @@ class Bench:
 def forward_flop(model: T.GPT, length: int) -> tuple[int, str]:
     """Returns FLOP of a forward pass per token in sequences of `length`, and the formula.
 
-    Training takes three times that.
+    Layers that run again count again. Training takes three times that.
     """
-    s, head = model.s, model.tok_emb
-    matrices = [*model.banks(), head, model.bigram_proj, model.ve_proj]
-    weights = sum(m.numel() for m in matrices if m is not None)
-    attention = f"2 x {s.num_layers} layers x {length} x {s.model_dim} for attention's two products"
+    s, runs, others = model.s, len(model.order), (model.tok_emb, model.bigram_proj, model.ve_proj)
+    weights = sum(map(torch.numel, model.banks())) // s.num_layers * runs
+    weights += sum(m.numel() for m in others if m is not None)
+    attention = f"2 x {runs} layers x {length} x {s.model_dim} for attention's two products"
     return (
-        2 * weights + 2 * s.num_layers * length * s.model_dim,
+        2 * weights + 2 * runs * length * s.model_dim,
         f"2 x {weights:,} matrix weights + {attention}, of which the causal mask leaves half",
     )
 

@@ -184,6 +184,15 @@ def test_flop_at_the_records_size():
     )
 
 
+def test_layers_that_run_again_count_again():
+    settings = dict(RECIPE="frontier", VOCAB_SIZE="64", NUM_LAYERS="6", LOOP_LAYERS="2-3", PARALLEL_FROM="4")
+    model = T.GPT(T.parse_settings(settings))
+    looped = bench.forward_flop(model, 100)[0]
+    model.looping = False
+    layer = 2 * (4 * 512 * 512 * 3 // 4 + 2 * 4 * 512 * 512) + 2 * 100 * 512
+    assert looped - bench.forward_flop(model, 100)[0] == 4 * layer  # two layers, twice more
+
+
 # Where it goes
 
 
