@@ -243,6 +243,10 @@ def worker(rank, world, folder, port):
     if world > 1:  # start from the very same weights, so that only scoring and learning are compared
         T.copy_weights(trainer.weights, torch.load(f"{folder}/1-0.pt", weights_only=False)["weights"])
 
+    frontier = trainer_of(folder, **FRONTIER, ITERATIONS=4, LOOP_FROM=0.5, MATRIX_LR=0.01)
+    frontier.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)  # loops and longer pieces half-way
+    found["frontier"] = torch.stack(frontier.measured)
+
     tokens = made_up_tokens(5 * 48 + 21, seed=9)  # five chunks of three sequences and a short last one
     for stride in (32, 5):
         found[f"stride{stride}"] = scorer_of(trainer.model, trainer.s, tokens).score_windows(stride)

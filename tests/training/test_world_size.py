@@ -56,6 +56,14 @@ def test_training_losses_and_gradient_norms_are_the_same(found, world):
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
+def test_the_frontiers_losses_are_the_same(found, world):
+    """With loops that begin half-way, lanes, gates and documents in pieces that divide no span."""
+    losses, one_losses = (sum(r["frontier"] for r in found[w])[:, 0] for w in (world, 1))
+    assert len(losses) == 4
+    torch.testing.assert_close(losses, one_losses, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
 def test_trained_weights_are_the_same_but_for_bf16_noise(found, world):
     assert distance(found[world][0]["weights"], found[1][0]["weights"]) < 5e-3
 
