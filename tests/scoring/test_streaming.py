@@ -13,6 +13,7 @@ from tests.helpers import (
     FRONTIER,
     PerTarget,
     attention_by,
+    byte_tables,
     changed,
     made_up_tokens,
     random_model,
@@ -61,10 +62,11 @@ def test_a_stream_scores_like_the_whole_text_at_once(n, window, chunk):
 
 
 @pytest.mark.parametrize("looping", [True, False])
-@pytest.mark.parametrize("every", [19, 60])
-def test_the_frontiers_stream_scores_like_the_whole_text_at_once(looping, every):
-    """With loops, lanes, gates, a smear and documents, shorter and longer than a window."""
-    s, by = settings(**FRONTIER), banded(24)
+@pytest.mark.parametrize("every, window", [(19, 24), (60, 24), (60, 48)])
+def test_the_frontiers_stream_scores_like_the_whole_text_at_once(looping, every, window):
+    """With loops, lanes, gates, a smear and documents, shorter and longer than a window, which is shorter and
+    longer than what was trained at once."""
+    s, by = settings(**FRONTIER, EVAL_WINDOW=window), banded(window)
     model, tokens = random_model(s), with_documents(made_up_tokens(120), every)
     model.looping, scores = looping, PerTarget()
 
@@ -73,7 +75,8 @@ def test_the_frontiers_stream_scores_like_the_whole_text_at_once(looping, every)
         parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
         return torch.cat([by(*part) for part in parts], dim=1)
 
-    score_stream(scorer_of(model, s, tokens, scores), s, chunk=7)
+    scorer = T.Scorer(model, tokens.int(), byte_tables(), window, 64, scores)
+    score_stream(scorer, s, chunk=7)
     with torch.no_grad(), patch.object(T, "piece_attention", in_pieces):
         whole = model(tokens[None, :-1].long(), tokens[None, 1:].long())[0].double()
     torch.testing.assert_close(scores.nll, whole, rtol=0, atol=1e-5)
