@@ -824,13 +824,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 def piece_attention(q: Tensor, k: Tensor, v: Tensor, pieces: Tensor, longest: int) -> Tensor:
     """Returns causal attention (B, T, H, d) within pieces, see document_pieces(), of at most `longest`."""
-    flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B * T, heads, d)
-    if q.is_cuda:
-        flat[1:] = (t.repeat_interleave(q.size(2) // t.size(1), dim=1) for t in flat[1:])
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
+        flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B * T, H, d)
         return varlen.varlen_attn(*flat, pieces, pieces, longest, longest, window_size=(-1, 0)).view_as(q)
     lengths = [length for length in pieces.diff().tolist() if length]
-    split = zip(*(t[None].split(lengths, dim=1) for t in flat), strict=True)
-    return torch.cat([attention(*part) for part in split], dim=1).view_as(q)
+    split = (t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v))
+    return torch.cat([attention(*part) for part in zip(*split, strict=True)], dim=1).view_as(q)
 
 
 def norm(x: Tensor) -> Tensor:
