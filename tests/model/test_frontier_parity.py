@@ -99,14 +99,18 @@ def test_the_file_names_every_weight_that_is_used():
     )
 
 
+def prepared(way):
+    """The file's model, x, y and the pieces of documents, if these are cut, of a way."""
+    model, x = frontier_model(settings(DOCUMENT_ATTENTION=int("docs" in way))), tensor("x")
+    model.looping = "loop" in way
+    longest = int(way.rpartition("_")[2]) if way[-1].isdigit() else None
+    return model, x, tensor("y"), T.document_pieces(x, longest) if longest else None
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_logits_loss_and_gradients(way):
     """With and without loops, documents, and documents cut into pieces."""
-    model = frontier_model(settings(DOCUMENT_ATTENTION=int("docs" in way)))
-    model.looping = "loop" in way
-    pieces = int(way.rpartition("_")[2]) if way[-1].isdigit() else 0
-    x, y = tensor("x"), tensor("y")
-    pieces = T.document_pieces(x, pieces) if pieces else None
+    model, x, y, pieces = prepared(way)
     context = model.context(x, pieces=pieces)
     logits = model.logits(x, None, context)
     assert_close(logits, tensor(f"{way}/logits"))

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import tests.model.test_frontier_parity as frontier
 import tests.model.test_record_parity as record
 import train_gpt as T
 from tests.helpers import (
+    FRONTIER,
     PerTarget,
     attention_by,
     made_up_tokens,
@@ -175,26 +177,40 @@ def test_attention_kernels(kernel, case):
             assert_same_attention(lambda q, k, v: T.attention(q, k, v, mask), random_heads(2, 128, 512), 384)
 
 
-@pytest.mark.parametrize("window", [512, 100])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_varlen_attention_within_documents(window, grouped):
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    q, k, v = random_heads(1, 512, 512, H=8, K=4 if grouped else 8)
-    starts = torch.tensor([0, 37, 200, 201, 450, 512], dtype=torch.int32, device=DEVICE)
-    documents = torch.searchsorted(
-        starts[1:].contiguous(), torch.arange(512, device=DEVICE, dtype=torch.int32), right=True
-    )[None]
+@pytest.mark.parametrize("longest", [512, 100])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+def test_attention_within_documents(longest, dtype, tolerance):
+    """As plain arithmetic that masks the other documents, its gradients too."""
+    q, k, v = (t.to(dtype).requires_grad_() for t in random_heads(2, 512, 512, H=8, K=4))
+    tokens = torch.full((2, 512), 7, device=DEVICE)
+    tokens[0, [37, 200, 201, 450]] = tokens[1, [5, 300]] = T.BOS
+    pieces = T.document_pieces(tokens, longest)
+    number = torch.bucketize(torch.arange(1024, device=DEVICE), pieces, right=True).view(2, 512)
+    mask = (number[:, :, None] == number[:, None]).tril()[:, None]
+    found, plain = T.piece_attention(q, k, v, pieces, 512), T.attention(q, k, v, mask)
+    assert relative(found, plain) < tolerance
+    weights = torch.randn_like(plain)
+    for a, b in zip(
+        *(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, plain)), strict=True
+    ):
+        assert relative(a, b) < 2 * tolerance
 
-    def attention(q, k, v):
-        if grouped:
-            k, v = (t.repeat_interleave(2, dim=2) for t in (k, v))
-        return varlen.varlen_attn(q[0], k[0], v[0], starts, starts, 512, 512, window_size=(window - 1, 0))[
-            None
-        ]
 
-    if DEVICE.type != "cuda":
-        pytest.skip("varlen_attn needs a GPU")
-    assert_same_attention(attention, (q, k, v), window, documents)
+@pytest.mark.parametrize("way", frontier.WAYS)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=["fp32", "bf16"]
+)
+def test_the_frontiers_logits_and_loss(way, dtype, tolerance):
+    model, x, y, pieces = frontier.prepared(way)
+    model.dtype, pieces = dtype, None if pieces is None else pieces.to(DEVICE)
+    model, x, y = model.to(DEVICE), x.to(DEVICE), y.to(DEVICE)
+    with torch.no_grad():
+        logits = model.logits(x, None, model.context(x, pieces=pieces))
+        loss = model(x, y, None, model.context(x, pieces=pieces)).mean().item()
+    assert_close(logits.cpu(), frontier.tensor(f"{way}/logits"), tolerance)
+    assert_close(loss, float(frontier.DATA[f"{way}/loss"]), tolerance / 10)
 
 
 def scorer_on_device(s, tokens, dtype):
@@ -225,10 +241,10 @@ def test_a_stream_scores_like_the_whole_text_at_once(dtype, tolerance):
 @pytest.mark.parametrize("mode", ["sliding", "streaming"])
 @pytest.mark.parametrize("ttt", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_changed_token_changes_no_score_before_it(mode, ttt, dtype):
-    s = settings(
-        EVAL_MODE=mode, EVAL_SEQ_LEN=24, EVAL_STRIDE=8, TTT_CHUNK_TOKENS=48, TTT_LR=0.02, TTT_EPOCHS=2
-    )
+@pytest.mark.parametrize("recipe", [{}, FRONTIER], ids=["record", "frontier"])
+def test_a_changed_token_changes_no_score_before_it(mode, ttt, dtype, recipe):
+    changes = dict(EVAL_SEQ_LEN=24, EVAL_STRIDE=8, TTT_CHUNK_TOKENS=48, TTT_LR=0.02, TTT_EPOCHS=2)
+    s = settings(**recipe | changes | dict(EVAL_MODE=mode))
     found = []
     for change in (False, True):
         tokens = torch.as_tensor(made_up_tokens(301)).clone()
