@@ -107,7 +107,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         own = [row[last] for row in rows if row["variant"] == name]
         change = means[name][last] - means["frontier"][last]
         values = [f"{means[name][what]:.4f}" for what in STAGES.values()]
-        spread = f"{max(own) - min(own):.4f}"
+        spread = f"{max(own) - min(own):.4f}" if len(own) > 1 else "one seed"
         lines.append([name, f"{means[name]['steps']:.0f}", *values, spread, f"{change:+.4f}"])
     header = ["variant", "steps", *STAGES.values(), "seeds apart", "above frontier"]
     return table(header, lines)

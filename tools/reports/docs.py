@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tools.common.cli import ROOT, Parser, ends_in_one_line
 from tools.common.tables import code, table
+from tools.measure.ablation import report as ablation_report
 from tools.measure.bench_eval import scoring_report
 from tools.reports.runlog import RunLog, read_log
 from train_gpt import FIELDS, RECIPES, RunError, allowed, show, write_atomically
@@ -54,6 +55,18 @@ def recipes_part() -> str:
         values = [show(recipe[name]) for recipe in (RECIPES["record"], RECIPES["frontier"])]
         rows.append([f"`{name.upper()}`", *(f"`{value}`" if value else "empty" for value in values)])
     return table(["setting", "record", "frontier"], rows)
+
+
+def ablation_part(paths: list[Path]) -> str:
+    """Returns the comparison of the runs in files of tools.measure.ablation. Raises RunError."""
+    found = {}
+    for path in paths:
+        try:
+            rows = json.loads(path.read_text("utf-8"))["rows"]
+            found |= {(row["variant"], row["seed"]): row for row in rows}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{path}: no figures of tools.measure.ablation") from None
+    return ablation_report([*found.values()])
 
 
 def tools_part(root: Path) -> str:
@@ -256,6 +269,10 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
     "recipes": ("docs/frontier.md", lambda root: recipes_part()),
     "speed": ("docs/gpu.md", lambda root: speed_part(bench_results(root / "logs"))),
     "quantizers": ("docs/experiments.md", lambda root: quantizers_part(root / "logs/quantizers.json")),
+    "ablation": (
+        "docs/experiments.md",
+        lambda root: ablation_part([root / "logs/ablation.json", root / "logs/ablation_seeds.json"]),
+    ),
     "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),
 }
 

@@ -17,7 +17,7 @@ from tools.common.spelling import RETIRED
 from tools.common.tables import code, table
 from tools.reports import docs
 from tools.reports.runlog import parse_log, split_source
-from train_gpt import FIELDS, allowed, show
+from train_gpt import FIELDS, RunError, allowed, show
 
 TEMPLATES = {
     "README.md": """# Title
@@ -39,15 +39,32 @@ After.
     "docs/experiments.md": """<!-- generated: quantizers -->
 <!-- end -->
 
+<!-- generated: ablation -->
+<!-- end -->
+
 <!-- generated: scoring -->
 <!-- end -->
 
 After.
 """,
 }
+
+
+def ablation_of(seed):
+    """What tools.measure.ablation leaves of two variants."""
+    scores = {"steps": 40, "trained": 2.6, "quantized": 2.6}
+    return {
+        "rows": [
+            {"variant": name, "seed": seed, "after TTT": 2.5 - seed / 100, **scores}
+            for name in ("record", "frontier")
+        ]
+    }
+
+
 ALL = (
     "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, recipes in docs/frontier.md, "
-    "speed in docs/gpu.md, quantizers in docs/experiments.md, scoring in docs/experiments.md"
+    "speed in docs/gpu.md, quantizers in docs/experiments.md, ablation in docs/experiments.md, "
+    "scoring in docs/experiments.md"
 )
 TOOL = '''"""Count the words of a log.
 
@@ -129,6 +146,8 @@ def folder(tmp_path, monkeypatch):
     Path("logs/demo.txt").write_text(make_log(), "utf-8")
     Path("logs/quantizers.json").write_text(json.dumps(QUANTIZERS))
     Path("logs/bench_eval.json").write_text(json.dumps(SCORING))
+    for name, seed in (("ablation", 1), ("ablation_seeds", 2)):
+        Path(f"logs/{name}.json").write_text(json.dumps(ablation_of(seed)))
     return tmp_path
 
 
@@ -272,6 +291,15 @@ def test_the_speed_part_has_the_fastest_figures_of_each_machine_and_kernel():
         ["one H200", "cudnn", "604.9", "1,300,000", "43.2%", "62,000", "12.35", "54,321"],
         ["one H200", "flash", "714.9", "1,100,000", "43.2%", *NONE[:2], "54,321"],
     ]
+
+
+def test_the_ablations_part_joins_its_files(folder):
+    paths = [Path("logs/ablation.json"), Path("logs/ablation_seeds.json")]
+    text = docs.ablation_part(paths)
+    assert "| frontier | 40    | 2.6000  | 2.6000    | 2.4850    | 0.0100      | +0.0000        |" in text
+    paths[1].write_text('{"rows": 3}')
+    with pytest.raises(RunError, match="logs/ablation_seeds.json: no figures of tools.measure.ablation"):
+        docs.ablation_part(paths)
 
 
 def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(folder):
