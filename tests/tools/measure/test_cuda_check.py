@@ -44,7 +44,7 @@ def pieces(tmp_path_factory):
 @needs_cuda_build
 @pytest.mark.slow
 def test_every_pass_compiles_for_cuda_and_none_but_the_calibration_waits(pieces):
-    assert {piece["kind"] for piece in pieces.values()} == set(cuda_check.PIECES) and len(pieces) == 8
+    assert {piece["kind"] for piece in pieces.values()} == set(cuda_check.PIECES) and len(pieces) == 7
     for name, piece in pieces.items():
         assert not piece["error"], name
         assert piece["launches"] > 100 and piece["floor"] > 0
@@ -83,6 +83,8 @@ def test_a_steps_flop_are_those_of_the_formula(pieces):
 
 
 WRONG = """
+from unittest.mock import patch
+
 import torch
 import train_gpt as T
 from tools.measure.cuda_check import Piece, PretendedH100, assemble_all, report_assembled, report_trigonometry
@@ -94,6 +96,10 @@ def broken(x):
     torch._dynamo.graph_break()
     return x + 1
 
+def read_clock():
+    with patch.object(torch.cuda, "is_initialized", return_value=True):  # as where a GPU is in use
+        T.Clock().seconds()
+
 with PretendedH100() as device:
     with device.mode:
         x = torch.ones(4096, device="cuda")
@@ -101,7 +107,7 @@ with PretendedH100() as device:
         "value": lambda: x.sum().item(),
         "branch": lambda: x.sum() if x.sum() > 0 else x,
         "copy": lambda: x.cpu(),
-        "clock": lambda: T.Clock().seconds(),
+        "clock": read_clock,
         "devices": lambda: x + torch.ones(4096, device="cpu"),
         "break": lambda: compiled(broken)(x),
         "operator": lambda: torch.ops.aten.no_such_operator(x),
