@@ -36,7 +36,7 @@ from tools.common.processes import end_group, started
 from tools.common.shards import write_shard
 from tools.common.tables import table
 from tools.data import demo_data
-from tools.data.make_shards import encode
+from tools.data.make_shards import encode, train_tokenizer
 
 LIMIT = 300  # seconds of a run, which takes six on a core of its own
 DOCUMENTS = 40  # modules of the standard library, from which the text is made
@@ -130,7 +130,7 @@ def make_data(folder: Path) -> None:
     texts = list(islice(demo_data.module_sources(), DOCUMENTS))
     if not texts:
         raise T.RunError("this Python comes without the sources of its library")
-    model = demo_data.train_tokenizer(texts)
+    model = train_tokenizer(texts, demo_data.VOCAB_SIZE)
     (folder / "tokenizer.model").write_bytes(model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     tokens = np.concatenate([tokens for _, tokens in encode(texts, tokenizer)])
