@@ -479,8 +479,11 @@ def run_of(events: list[Event], source: str, name: str) -> RunLog:
     stages = {"training": Stage(loss, bpb, train_time / 1000, round(peak))}
     loss, bpb = find("score of averaged", "stage", "val_loss", "val_bpb", stage="averaged")
     stages["averaged"] = Stage(loss, bpb, (both - train_time) / 1000, round(peak))
+    told = {event.get("stage") for event in events}
     for stage in scored_stages(settings):
-        stages[stage] = Finder(events, name).stage(SCORED_STAGES[stage])
+        # a stream that learns is one stage; in older logs one that does not came before it
+        if stage != "streaming" or SCORED_STAGES[stage] in told or settings.get("TTT_ENABLED") == "0":
+            stages[stage] = Finder(events, name).stage(SCORED_STAGES[stage])
     (artifact,) = find("size of the submission", "size", "artifact_bytes")
     losses = {event["average"]: event.get("holdout_loss") for event in events if event["event"] == "average"}
     return RunLog(

@@ -184,6 +184,15 @@ def test_each_line_is_the_event_that_it_stands_for():
     }
 
 
+def test_a_stream_that_learns_is_one_stage():
+    """One that does not is a stage, too, which older logs have before it."""
+    printed = "".join(line for line in PRINTED.splitlines(True) if "sliding_window" not in line)
+    log = parse_log(make_log(printed, EVAL_MODE="streaming"), "sketch")
+    assert list(log.stages) == ["training", "averaged", "roundtrip", "ttt"]
+    with pytest.raises(RunError, match="sketch: has no score of final_int6_streaming"):
+        parse_log(make_log(printed, EVAL_MODE="streaming", TTT_ENABLED="0"), "sketch")
+
+
 def test_every_value_the_program_logs_is_known_by_its_name():
     """One that is not would be taken for a part of the value before it."""
     names = ["machine", "data", "warm_up", "swa", "late_qat", "chosen", "trained", "quantized", "audit"]
