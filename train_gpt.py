@@ -585,7 +585,7 @@ class Log:
                 print(line, file=output, flush=True)
             except OSError as e:
                 self.outputs.remove(output)
-                if output is None:  # nobody reads; what is left goes nowhere
+                if output is None:  # nobody reads
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 else:
                     self.lost = self.lost or str(e)
@@ -1444,7 +1444,7 @@ def fit_knob(model: GPT, size: Callable[[float], float], limit: int, knob: float
     weights = sum(map(torch.numel, model.quantized().values()))
     for tries in count(1):
         excess = size(knob) - limit
-        fits = excess <= 0 and (excess > -SLACK_BYTES or knob <= 1)
+        fits = excess <= 0 and (excess > -SLACK_BYTES or knob <= 1 or tries > 8)
         if fits or knob > 1000 or tries == 16:
             break
         knob = max(1.0, knob * 2 ** (8 * (excess + 0.4 * SLACK_BYTES) / weights))

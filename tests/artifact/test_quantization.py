@@ -1,5 +1,8 @@
 """The steps, GPTQ and late QAT: what is rounded how finely, and that the loss rises as little as promised."""
 
+import math
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,7 +291,23 @@ def test_the_knob_is_the_last_one_that_was_tried_when_tries_run_out():
 
     def never(knob):
         tried.append(knob)
-        return 10**6 + (-1) ** len(tried) * 30_000
+        return 10**6 + len(tried) % 2 * 9_000 + 1
 
     assert T.fit_knob(model, never, 10**6, 2.0) == tried[-1] and len(tried) == 16
     assert tried[0] == 2.0 and len(set(tried)) > 2
+
+
+@pytest.mark.parametrize("limit", [2_000_000, 1_431_000, 610_000])
+def test_a_size_that_falls_in_jumps_fits_at_last(limit):
+    """As where all rows have one step: the steps' eighths of octaves then jump together, past the slack."""
+    weights, sizes = 2_400_000, []
+    model = types.SimpleNamespace(quantized=lambda: {"a weight": torch.empty(weights, device="meta")})
+    jump = weights / 8 / 8  # an octave of the knob is a bit a weight
+    assert jump > T.SLACK_BYTES
+
+    def size(knob):
+        sizes.append(weights - jump * round(8 * math.log2(knob)))
+        return sizes[-1]
+
+    knob = T.fit_knob(model, size, limit, 1.0)
+    assert limit - jump < sizes[-1] <= limit and knob > 1 and len(sizes) <= 16
