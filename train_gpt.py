@@ -8,10 +8,9 @@ Settings are environment variables (see --help); the last line logged has val_bp
 Shapes: B sequences, T positions, D model width, H query heads, K key/value heads of width d = D / H,
 L layers, V vocabulary, P positions of the past, N tokens, W processes.
 
-A *bank* holds one matrix of every layer; a *span* is an eighth of a training step's tokens. A *window* is
-what a position may see; a *chunk* is scored before weights learn from it; *lanes* are residual streams
-(or coders) side by side. A row's *grid* is the multiples of its *step*; the *knob* scales all steps until
-the artifact fits.
+A *bank* holds one matrix of every layer; a *span* is an eighth of a step's tokens. A *window* is what a
+position may see; a *chunk* is scored before weights learn from it; *lanes* are residual streams (or coders)
+side by side. Rows are rounded to multiples of their *step*; the *knob* scales all until the artifact fits.
 """
 
 import hashlib
@@ -28,6 +27,7 @@ import sys
 import time
 import traceback
 import uuid
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -43,7 +43,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 
-# First, or its defaults keep the process group, whose threads may abort the end (pytorch issue 190489)
+# First, or its defaults keep the process group, and the end may abort (pytorch issue 190489)
 import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def setting(
 fixed, local = partial(setting, kept="fixed"), partial(setting, kept="no")
 
 
-GROWTH = ((1024, 0.0), (2048, 0.1), (3072, 0.7))
+EXPERTS = "lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.04,weights=others;lr=0.01,epochs=2"
 
 
 @dataclass
@@ -119,12 +119,12 @@ class Settings:
     train_batch_tokens: int = setting(786432, "tokens per training step", low=8)
     train_seq_len: int = setting(2048, "tokens per training sequence or piece", low=2, frontier=3072)
     train_seq_schedule: Schedule = setting(
-        (), "pieces by share of training, as 512@0,1024@0.3", frontier=GROWTH
+        (), "pieces by share of training, as 512@0,1024@0.3", frontier=((1024, 0.0), (2048, 0.1), (3072, 0.7))
     )
     train_log_every: int = setting(500, "steps between lines of the log; 0: none")
     val_loss_every: int = setting(4000, "steps between validations; 0: only the last")
     val_batch_size: int = setting(524288, "validation tokens that 8 processes read at once", low=8)
-    holdout_tokens: int = setting(524288, "training tokens to choose and calibrate by", low=1)
+    calibration_tokens: int = setting(524288, "training tokens to calibrate by", low=1)
     artifact_path: str = local("", "file of the artifact; empty: logs/RUN_ID.bin")
     artifact_limit: int = local(16_000_000, "most bytes of artifact and code", low=1)
     eval_only: bool = local(False, "do not train, only score ARTIFACT_PATH")
@@ -144,7 +144,7 @@ class Settings:
     qk_gain_init: float = fixed(1.5, "first gain of the queries", frontier=5.25)
     ln_scale: bool = fixed(True, "scale layers' inputs by 1 / sqrt(layer + 1)")
     xsa_last_n: int = fixed(4, "last layers that drop what lies along a position's value", frontier=11)
-    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none", frontier=0)
+    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; 0: none", frontier=0)
     bigram_dim: int = fixed(128, "width of the bigram table", low=1)
     ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS", frontier=False)
     ve_dim: int = fixed(128, "width of the value embeddings", low=1)
@@ -152,7 +152,7 @@ class Settings:
     tied_embed_init_std: float = fixed(0.005, "deviation of the first token table")
     smear: str = fixed("channel", "gates of the token before", choices=("channel", "token"), frontier="token")
     skip_gates: bool = fixed(False, "mix skips in by gates instead of adding them", frontier=True)
-    attn_gate_channels: int = fixed(0, "input channels that gate each head; 0: no gates", frontier=12)
+    attn_gate_channels: int = fixed(0, "input channels that gate each head; 0: none", frontier=12)
     attn_gate_scale: float = fixed(0.5, "factor of these gates' logits")
     parallel_from: int = fixed(-1, "first layer of two residual lanes; -1: none", low=-1, frontier=8)
     loop_layers: tuple[int, ...] = fixed((), "layers that run again, as 3-5", frontier=(3, 4, 5))
@@ -173,14 +173,12 @@ class Settings:
     embed_wd: float = setting(-1.0, "AdamW's weight decay of the tables; -1: ADAM_WD", low=-1, frontier=0.085)
     adam_wd: float = setting(0.04, "AdamW's weight decay", frontier=0.02)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", high=0.999999)
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", high=0.999999, frontier=0.99)
+    beta2: float = setting(0.95, "AdamW's decay of the squared gradient", high=0.999999, frontier=0.99)
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     grad_clip_norm: float = setting(0.3, "most norm of the whole gradient; 0: no limit")
 
-    ema_enabled: bool = setting(True, "try an exponential average of the weights")
+    ema_enabled: bool = setting(True, "average the weights exponentially")
     ema_decay: float = setting(0.997, "decay of the exponential average, per step", high=1, frontier=0.9965)
-    late_qat: bool = setting(True, "train with rounded banks near the end", frontier=False)
-    late_qat_threshold: float = setting(0.15, "share of the warm-down left when rounding starts")
 
     eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2, frontier=3072)
     eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
@@ -189,7 +187,6 @@ class Settings:
     )
     eval_window: int = setting(0, "tokens that a position of a stream sees; 0: EVAL_SEQ_LEN")
     eval_max_seconds: float = setting(600.0, "most seconds of scoring; if short, less is learnt", low=0.001)
-    eval_time_soft_cap_seconds: float = setting(570.0, "past 85% of these no chunk gets extra epochs")
 
     ttt_enabled: bool = setting(True, "learn from what has been scored")
     ttt_muon: bool = setting(True, "update by Newton-Schulz; 0: by SGD")
@@ -204,6 +201,12 @@ class Settings:
     ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
     ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
     ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1, frontier=0.005)
+    ttt_weights: str = setting("all", "which weights learn", choices=("all", "banks", "others"))
+    ttt_experts: str = setting(
+        "", "streams to mix, by their own settings: lr=0;lr=0.02,chunk=64", frontier=EXPERTS
+    )
+    ttt_share: float = setting(0.2, "share of their weights that goes back to the average", high=1)
+    ttt_share_tokens: int = setting(100, "tokens that it looks back on", low=1)
 
     @property
     def window(self) -> int:
@@ -248,6 +251,7 @@ class Settings:
         for rule in (rule for rule, holds in rules.items() if not holds):
             names = [name for name in re.findall("[A-Z_]+", rule) if name in FIELDS]
             raise RunError(f"{rule}; now {assignments(self, names)}")
+        expert_settings(self)
 
 
 FIELDS = {f.name.upper(): f for f in fields(Settings)}
@@ -257,8 +261,11 @@ FIXED = [name.lower() for name, f in FIELDS.items() if f.metadata["kept"] == "fi
 FRONTIER = {name.lower(): f.metadata["frontier"] for name, f in FIELDS.items() if "frontier" in f.metadata}
 RECIPES = {"record": {name: FIELDS[name.upper()].default for name in FRONTIER}, "frontier": FRONTIER}
 
-KINDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
-KINDS |= {
+KINDS = {
+    bool: "0 or 1",
+    int: "an integer",
+    float: "a number",
+    str: "text",
     tuple[int, ...]: "integers separated by commas, or 3-5",
     Schedule: "LENGTH@SHARE, separated by commas",
 }
@@ -323,6 +330,10 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
     given = {name.lower(): parse_value(name, environ[name]) for name in FIELDS if name in environ}
     given = dict(kept or {}) | RECIPES.get(given.get("recipe"), {}) | given
     s = Settings(**given)
+    if s.eval_mode == "sliding" or not s.ttt_enabled:
+        if environ.get("TTT_EXPERTS"):
+            raise RunError("TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1")
+        s.ttt_experts = ""
     if s.eval_only and s.artifact_path and kept is None:
         return s  # the artifact brings the rest
     if "ve_layers" not in given:
@@ -332,6 +343,28 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
         if getattr(s, name) != kept[name]:
             raise RunError(f"{assignments(s, [name.upper()])}, but the artifact has {show(kept[name])}")
     return s
+
+
+EXPERT_KEYS = {key: f"TTT_{key.upper()}" for key in ("lr", "decay", "epochs", "weights", "muon")}
+EXPERT_KEYS["chunk"] = "TTT_CHUNK_TOKENS"
+
+
+def expert_settings(s: Settings) -> dict[str, Settings]:
+    """Returns the settings of each of TTT_EXPERTS: its own over the common ones. Raises RunError."""
+    experts, common = {}, s.ttt_chunk_tokens
+    for text in filter(None, s.ttt_experts.replace(" ", "").split(";")):
+        own, fault = {}, ""
+        for key, _, value in (pair.partition("=") for pair in text.split(",")):
+            if key not in EXPERT_KEYS:
+                raise RunError(f"TTT_EXPERTS: {key!r} is none of {', '.join(EXPERT_KEYS)}")
+            own[EXPERT_KEYS[key].lower()] = parse_value(EXPERT_KEYS[key], value)
+        expert = replace(s, **own)
+        if common % expert.ttt_chunk_tokens:
+            fault = f"chunk must divide TTT_CHUNK_TOKENS={common}"
+        if text in experts or fault:
+            raise RunError(f"TTT_EXPERTS: {text}: {fault or 'stands twice'}")
+        experts[text] = expert
+    return experts
 
 
 def help_text() -> str:
@@ -392,6 +425,14 @@ def from_rank0(value: Value) -> Value:
     return holder[0]
 
 
+def gather(value: Value) -> list[Value]:
+    """Returns every rank's value."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def together(action: Callable[[], Value], ranks: int = SPANS) -> Value:
     """Returns what `action` gives on the first ranks; what one raises, all raise as RunError."""
     error, result = "", None
@@ -401,10 +442,7 @@ def together(action: Callable[[], Value], ranks: int = SPANS) -> Value:
     except (RunError, OSError) as e:
         error = str(e) or repr(e)
     if all_reduce(torch.tensor(len(error))):
-        errors = [error] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(errors, error)
-        raise RunError(next(filter(None, errors)))
+        raise RunError(next(filter(None, gather(error))))
     return result
 
 
@@ -415,9 +453,7 @@ def share(total: int) -> tuple[int, int]:
 
 def peak_memory() -> float:
     """Returns the most MiB used, of the GPU if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return (torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(0).ru_maxrss) / 2**20
 
 
 @torch.no_grad()
@@ -482,75 +518,18 @@ class Clock:
 
 
 class Hooks:
-    """Where tools may watch a run: these methods do nothing, tools/run/ overrides some.
-
-    Ranks call them in one order, except on_event, on_progress, on_error. Only restore_* give a state, only
-    should_stop ends a run; on_start, on_scoring, on_end may raise RunError.
-    """
+    """Where tools may watch a run: see tools/run/__init__.py; here all do nothing."""
 
     def __str__(self) -> str:
         return "none"
 
-    def on_start(self, run: "Run") -> None:
-        """Settings are read, nothing is written."""
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith(("on_", "before_", "restore_", "should_")):
+            return self.nothing
+        raise AttributeError(name)
 
-    def restore_phase(self) -> str:
-        """Returns what goes on: training, scoring, or nothing."""
-        return ""
-
-    def restore_training(self) -> State | None:
-        """Returns a Trainer's state."""
-        return None
-
-    def restore_scoring(self) -> State | None:
-        """Returns an Evaluation's state."""
-        return None
-
-    def should_stop(self, *, in_loop: bool = False) -> bool:
-        """Returns whether to end; `in_loop` ranks agree."""
-        return False
-
-    def on_event(self, name: str, values: dict[str, Any]) -> None:
-        """A line was logged, on rank 0; values are as in JSON."""
-
-    def on_progress(self, stage: str, done: float) -> None:
-        """A share of a stage, 0 to 1, is done."""
-
-    def on_step(self, trainer: "Trainer", last: bool) -> None:
-        """A step, or none, is to come; the state is whole."""
-
-    def on_scoring(self, evaluation: "Evaluation") -> None:
-        """Scoring begins; the artifact is on disk."""
-
-    def on_read(self, read: "Read") -> None:
-        """Tokens were read, to score or to learn."""
-
-    def on_scores(self, read: "Read", scored: Tensor, sums: Tensor) -> None:
-        """Scores count, where `scored` (B, T); `sums` (3,): nats, number, bytes."""
-
-    def on_chunk_start(self, ttt: "TestTimeTraining", chunk: int) -> None:
-        """A chunk is to be scored."""
-
-    def before_update(self, learner: "Learner") -> None:
-        """Weights are to learn."""
-
-    def on_update(self, learner: "Learner") -> None:
-        """Weights have learnt."""
-
-    def on_chunk(self, ttt: "TestTimeTraining") -> None:
-        """A chunk is done; the state is whole."""
-
-    def on_stage(self, name: str, score: "Score") -> None:
-        """A stage has its score; "averaged" is training's."""
-
-    def on_end(self) -> None:
-        """The result is there."""
-
-    def on_stopped(self) -> None:
-        """The run ends as should_stop said."""
-
-    def on_error(self, error: BaseException) -> None:
-        """This rank ends by an error."""
+    def nothing(self, *args: Any, **more: Any) -> None:
+        """Do nothing."""
 
 
 NO_HOOKS = Hooks()
@@ -585,7 +564,7 @@ class Log:
                 print(line, file=output, flush=True)
             except OSError as e:
                 self.outputs.remove(output)
-                if output is None:  # nobody reads
+                if output is None:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 else:
                     self.lost = self.lost or str(e)
@@ -642,17 +621,6 @@ SPACES = ("\u2581", " ")  # SentencePiece's
 BOS = 1  # the token that begins each document
 
 
-def check_spaces(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
-    """Raises RunError for a tokenizer whose spaces' bytes cannot be told from tokens alone."""
-    fault = ""
-    if tokenizer.piece_to_id(SPACES[0]) == tokenizer.unk_id():
-        fault = "has no piece of one space (U+2581)"
-    if tokenizer.normalize("a").endswith(SPACES):
-        fault = "adds a space behind each text"
-    if fault:
-        raise RunError(f"{name}: {fault}, so that its bytes cannot be counted")
-
-
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """Returns a tokenizer and its file's SHA-256. Raises RunError."""
     try:
@@ -661,7 +629,6 @@ def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePi
         raise RunError(f"TOKENIZER_PATH={path} is no SentencePiece model; {GET_DATA}") from None
     if (size := tokenizer.vocab_size()) != vocab_size:
         raise RunError(f"TOKENIZER_PATH={path} has {size} tokens, not VOCAB_SIZE={vocab_size}")
-    check_spaces(tokenizer, f"TOKENIZER_PATH={path}")
     return tokenizer, hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -700,9 +667,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 class Shard:
-    """A file's tokens, or its first: 256 little-endian int32 (magic, version, N, zeros), N uint16."""
+    """A file's tokens: 256 little-endian int32 (magic, version, N, zeros), N uint16."""
 
-    def __init__(self, path: Path, length: int | None = None):
+    def __init__(self, path: Path):
         """Raises RunError, OSError."""
         self.path, self.stamp = path, _stamp(path)
         header, size, start = np.fromfile(path, "<i4", 3).tolist(), self.stamp[0], HEADER_BYTES
@@ -711,7 +678,7 @@ class Shard:
         if size <= start or header != [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]:
             expected = f"{start} + 2 N, {[SHARD_MAGIC, SHARD_VERSION]} + [N]"
             raise RunError(f"shard {path}: {size} bytes, header {header}, not {expected}")
-        self.tokens = np.memmap(path, "<u2", "r", start)[:length]
+        self.tokens = np.memmap(path, "<u2", "r", start)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -756,16 +723,6 @@ def read_stream(shards: list[Shard], position: int, number: int) -> np.ndarray:
             number -= len(parts[-1])
         position = max(position - len(shard), 0)
     return np.concatenate(parts)
-
-
-def split_holdout(shards: list[Shard], number: int, seq_len: int) -> tuple[list[Shard], np.ndarray]:
-    """Returns shards, and the whole sequences and a token held out at their end. Raises RunError."""
-    *others, last = shards
-    sequences = min(number, len(last) // 4) // seq_len
-    if not sequences:
-        raise RunError(f"TRAIN_SEQ_LEN={seq_len} exceeds HOLDOUT_TOKENS or a quarter of the last train shard")
-    kept = len(last) - sequences * seq_len - 1
-    return [*others, Shard(last.path, kept)], last.read(kept)
 
 
 @contextmanager
@@ -1035,12 +992,9 @@ class GPT(nn.Module):
         own = self.named_parameters(recurse=False)
         return {name: w for name, w in own if w.dim() > 1 and not name.startswith("skip_")}
 
-    def matrices(self, steps: dict[str, Tensor] | None = None) -> Matrices:
-        """Returns the banks cast, perhaps rounded to steps; gradients pass straight through."""
-        L, banks = len(self.blocks), self.banks()
-        if steps is not None:
-            banks = [rounded_for_training(getattr(self, name), steps[name]) for name in self.BANKS]
-        qo, kv, up, down = (bank.to(self.dtype) for bank in banks)
+    def matrices(self) -> Matrices:
+        """Returns the banks cast."""
+        L, (qo, kv, up, down) = len(self.blocks), (bank.to(self.dtype) for bank in self.banks())
         return Matrices(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), qo[L:], up, down)
 
     def context(
@@ -1118,7 +1072,7 @@ class GPT(nn.Module):
     def trunk(self, x0: Tensor, values: Tensor | None, matrices: Matrices, context: Forward) -> Tensor:
         """Returns the residual stream (B, T, D) after all layers of the embedding x0 (B, T, D)."""
         lanes, skips, order = [x0], [], self.order
-        encoder_length = len(order) // 2  # executions that leave skips
+        encoder_length = len(order) // 2
         layers = [Matrices(*m) for m in zip(*(bank.unbind() for bank in matrices), strict=True)]
         for slot, layer in enumerate(order):
             added = None
@@ -1253,11 +1207,6 @@ def warmdown_left(step: int, s: Settings, elapsed: float, budget: float) -> floa
     return min(1.0, steps / max(s.warmdown_iters, 1))
 
 
-def lr_multiplier(left: float, s: Settings) -> float:
-    """Returns the learning rates' factor when a share `left` of the warm-down is to come."""
-    return max(left, s.min_lr)
-
-
 def muon_momentum(step: int, s: Settings) -> float:
     """Returns Muon's momentum at a step: it rises in a line."""
     steps = (0, max(s.muon_momentum_warmup_steps, 1))
@@ -1265,8 +1214,8 @@ def muon_momentum(step: int, s: Settings) -> float:
 
 
 def ema_decay(step: int, s: Settings) -> float:
-    """Returns the decay of the average weights: it rises, or short runs would keep their start."""
-    return min(s.ema_decay, (1 + step) / (10 + step))
+    """Returns the decay of the average weights: it rises, so that they lag by 4% of a run at most."""
+    return min(s.ema_decay, (1 + step) / (25 + step))
 
 
 # ======== Quantization ========
@@ -1275,15 +1224,9 @@ RMS_STEPS = 12  # in a row's rms at knob 1, on the whole: about as fine as the r
 TINY = 2.0**-24  # the least fp16 above zero
 MOST = 4095  # the largest integer of a weight
 REACH = 900  # steps in a row's largest weight, at most, before the knob
-CALIBRATION_TOKENS = 2048  # whose squared gradient is one sample of the Fisher information
+FISHER_TOKENS = 2048  # whose squared gradient is one sample of the Fisher information
 
 Steps = dict[str, Tensor]  # NAME of a weight (..., rows, columns) -> step of each row (..., rows, 1) fp32
-
-
-def rounded_for_training(bank: Tensor, step: Tensor) -> Tensor:
-    """Returns the bank on its grid; the gradient passes straight through."""
-    rounded = (bank / step).round().clamp(-MOST, MOST) * step
-    return rounded.detach() + (bank - bank.detach())
 
 
 class Calibration(NamedTuple):
@@ -1296,7 +1239,7 @@ class Calibration(NamedTuple):
 def calibrate(model: GPT, tokens: Tensor, seq_len: int, hooks: Hooks = NO_HOOKS) -> Calibration:
     """Returns moments and Fisher information on tokens (N + 1,), over all ranks. Raises Stopped."""
     number = (len(tokens) - 1) // seq_len * seq_len
-    groups = tokens[:number].view(-1, seq_len).long().split(max(1, CALIBRATION_TOKENS // seq_len))
+    groups = tokens[:number].view(-1, seq_len).long().split(max(1, FISHER_TOKENS // seq_len))
     weights, matrices, (low, high) = model.quantized(), model.matrices(), share(len(groups))
     fisher = {name: torch.zeros_like(w[..., :1]) for name, w in weights.items()}
     shapes = {name: (len(m), m.size(2), m.size(2)) for name, m in matrices._asdict().items()}
@@ -1484,9 +1427,7 @@ def rans_encode(frequency: np.ndarray, contexts: np.ndarray, symbols: np.ndarray
 def rans_decode(frequency: np.ndarray, contexts: np.ndarray, code: bytes) -> np.ndarray:
     """Returns the symbols (n,) int16. Raises ValueError at what no encoder wrote."""
     start, lanes = frequency.cumsum(axis=1) - frequency, lanes_of(len(contexts))
-    symbol_at = np.stack(
-        [np.repeat(np.arange(len(f)), np.int64(f)) for f in frequency]
-    )  # (contexts, 2^PRECISION)
+    symbol_at = np.stack([np.repeat(np.arange(len(f)), np.int64(f)) for f in frequency])
     states = np.uint64(np.frombuffer(code, "<u4", lanes))
     words = np.uint64(np.frombuffer(code, "<u2", offset=4 * lanes))
     symbols = np.empty(len(contexts), np.int16)
@@ -1500,7 +1441,7 @@ def rans_decode(frequency: np.ndarray, contexts: np.ndarray, code: bytes) -> np.
         spilled, words = np.split(words, [np.count_nonzero(low)])
         x[low] = x[low] << 16 | spilled
     if len(words) or (states != 2**16).any():
-        raise ValueError("its code does not end where it should")
+        raise ValueError("it ends elsewhere")
     return symbols
 
 
@@ -1557,8 +1498,7 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
         arrays = dict(np.load(io.BytesIO(lzma.decompress(data[SIDE_START:end]))))
         header = json.loads(bytes(arrays.pop("header")))
         texts, columns = header["settings"], header["columns"]
-        if texts["recipe"] == "best":  # the record's model, scored otherwise
-            texts["recipe"] = "record"
+        texts["recipe"] = texts["recipe"].replace("best", "record")  # of before: its model
         settings = {name: FIELDS[name.upper()].default for name in FIXED}  # of what was added later
         settings |= {name: parse_value(name.upper(), str(texts[name])) for name in texts if name in KEPT}
         contexts = {name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in columns.items()}
@@ -1615,13 +1555,13 @@ class Score(NamedTuple):
 
 @dataclass
 class Read:
-    """A forward pass over a text and what came of it."""
+    """What came of positions of a text, by a forward pass if there are matrices."""
 
     scorer: "Scorer"
     at: Tensor  # (B, T), positions
-    matrices: Matrices
-    cache: KVCache | None  # as it was before
     losses: Tensor  # (B, T), in nats
+    matrices: Matrices | None = None
+    cache: KVCache | None = None  # as it was before
 
 
 class Scorer:
@@ -1657,7 +1597,7 @@ class Scorer:
         if cache is not None:  # the embedding also looks at the two tokens before
             seen = torch.cat((at[:, :1] - 2, at[:, :1] - 1, at), dim=1)
         losses = self.model(self.ids(seen), self.ids(at + 1), matrices, self.context(at, cache))
-        read = Read(self, at, matrices, before, losses)
+        read = Read(self, at, losses, matrices, before)
         self.hooks.on_read(read)
         return read
 
@@ -1695,30 +1635,19 @@ class Scorer:
 # ======== Test-time training ========
 
 
-class NewtonSchulz(torch.optim.Optimizer):
-    """Moves matrices by their orthogonalised gradients, all else by its gradient."""
-
-    def __init__(self, weights: list[Tensor], lr: float, steps: int):
-        super().__init__(weights, {"lr": lr, "steps": steps})
-
-    def step(self) -> None:
-        """Move the weights."""
-        for group in self.param_groups:
-            for w in group["params"]:
-                w.sub_(orthogonalize(w.grad, group["steps"]) if w.dim() > 1 else w.grad, alpha=group["lr"])
-
-
 class Learner(Stateful):
-    """A model that learns at test time by an update rule, and a stream's past."""
+    """A model that learns at test time, and a stream's past."""
 
-    STATE = ("weights", "slots", "rule")
+    STATE = ("weights", "slots", "losses", "sgd")
 
     def __init__(self, model: GPT, s: Settings, hooks: Hooks = NO_HOOKS):
-        self.model, self.s, self.hooks, self.weights = model, s, hooks, list(model.parameters())
+        self.model, self.s, self.hooks = model, s, hooks
+        for name, w in model.named_parameters():
+            w.requires_grad_(s.ttt_weights in ("all", "banks" if name in model.BANKS else "others"))
+        self.weights = [w for w in model.parameters() if w.requires_grad]
         self.first, self.slots = copies(self.weights), model.empty_cache(1)
-        self.rule = NewtonSchulz(self.weights, s.ttt_lr, s.ttt_ns_steps)
-        if not s.ttt_muon:
-            self.rule = torch.optim.SGD(self.weights, s.ttt_lr, momentum=s.ttt_momentum)
+        self.losses: Tensor | None = None  # of a stream's targets, (N,)
+        self.sgd = torch.optim.SGD(self.weights, s.ttt_lr, momentum=s.ttt_momentum)
 
     def update(self, loss: Tensor, lr: float) -> None:
         """Move the weights against the gradient of the loss, in sliding mode of all ranks' parts of it."""
@@ -1732,8 +1661,12 @@ class Learner(Stateful):
                 nn.utils.clip_grad_norm_(self.weights, s.ttt_grad_clip)
             if s.ttt_decay:
                 torch._foreach_lerp_(self.weights, self.first, s.ttt_decay)
-            self.rule.param_groups[0]["lr"] = lr
-            self.rule.step()
+            if s.ttt_muon:
+                for w in self.weights:
+                    w.sub_(orthogonalize(w.grad, s.ttt_ns_steps) if w.dim() > 1 else w.grad, alpha=lr)
+            else:
+                self.sgd.param_groups[0]["lr"] = lr
+                self.sgd.step()
             self.model.zero_grad()
         self.hooks.on_update(self)
 
@@ -1774,7 +1707,7 @@ class SlidingMode:
 class StreamingMode:
     """Each position is read once and sees a window. Chunk 0 is a window.
 
-    Keys and values of the past stay as they were when read. All ranks do the same; rank 0's scores count.
+    Keys and values of the past stay as they were when read. Without experts all ranks do the same.
     """
 
     stage = "final_int6_streaming"
@@ -1783,22 +1716,28 @@ class StreamingMode:
     def __init__(self, s: Settings, scorer: Scorer, learner: Learner):
         self.s, self.scorer, self.learner = s, scorer, learner
         self.chunks = 1 + ceil_div(scorer.targets - scorer.window, s.ttt_chunk_tokens)
+        learner.losses = torch.zeros(scorer.targets, device=scorer.tokens.device)
+
+    def start(self, chunk: int) -> int:
+        """Returns a chunk's first position."""
+        return self.scorer.window + (chunk - 1) * self.s.ttt_chunk_tokens if chunk else 0
 
     def read(self, chunk: int) -> Read:
         """Read a chunk behind what was before it."""
-        low, length = 0, self.scorer.window
-        if chunk:
-            length, low = self.s.ttt_chunk_tokens, length + (chunk - 1) * self.s.ttt_chunk_tokens
-        at = low + torch.arange(length, device=self.scorer.tokens.device)[None]  # (1, T)
+        at = torch.arange(self.start(chunk), self.start(chunk + 1), device=self.scorer.tokens.device)
         cache = list(self.before)
-        read = self.scorer.read(at, self.learner.model.matrices(), cache)
+        read = self.scorer.read(at[None], self.learner.model.matrices(), cache)
         self.learner.slots = cache
         return read
 
     def score_chunk(self, chunk: int) -> Tensor:
-        """Returns a chunk's sums (3,) fp64, over all ranks."""
+        """Returns a chunk's sums (3,) fp64."""
         self.before = self.learner.slots
         self.first_read = self.read(chunk)
+        own = self.learner.losses[self.start(chunk) : self.start(chunk + 1)]
+        own.copy_(self.first_read.losses.detach()[0, : len(own)])
+        if self.s.ttt_experts:
+            return self.scorer.measure(self.first_read, 0, self.scorer.targets)
         end = self.scorer.targets if rank() == 0 else 0
         return all_reduce(self.scorer.measure(self.first_read, 0, end))
 
@@ -1834,8 +1773,8 @@ class Pace(Stateful):
         """Returns how often to learn from a chunk with these sums (3,)."""
         s, wanted = self.s, self.s.ttt_epochs
         if s.ttt_entropy_adapt:
-            val_loss, late = Score(*sums.tolist()).val_loss, self.now > 0.85 * s.eval_time_soft_cap_seconds
-            wanted += int(val_loss > s.ttt_entropy_high and not late) - int(0 < val_loss < s.ttt_entropy_low)
+            val_loss = Score(*sums.tolist()).val_loss
+            wanted += int(val_loss > s.ttt_entropy_high) - int(0 < val_loss < s.ttt_entropy_low)
         self.credit = round(self.credit % 1 + self.rate * max(wanted, 1), 6)
         return int(self.credit)
 
@@ -1847,7 +1786,8 @@ class Pace(Stateful):
             self.learning = max((now - scored) / epochs, self.learning / 2) if epochs else self.learning
             spare = self.limit - now - left * self.scoring
             rate = spare / max(left * self.learning * self.s.ttt_epochs, 1e-9)
-            self.now, self.rate = from_rank0((now, min(max(rate, 0.0), 1.0)))
+            paced = now, min(max(rate, 0.0), 1.0)
+            self.now, self.rate = paced if self.s.ttt_experts else from_rank0(paced)
 
 
 class TestTimeTraining(Stateful):
@@ -1860,6 +1800,7 @@ class TestTimeTraining(Stateful):
         self.mode, self.learner, self.log, self.hooks = mode, mode.learner, log, mode.learner.hooks
         self.pace = Pace(mode.s, mode.chunks, clock or Clock())
         self.records = []  # of each chunk: sums (3,) fp64, epochs
+        self.every = 1  # chunks after which all ranks have come as far
 
     def run(self) -> Score:
         """Score and learn from chunks to come; return the score of all. Raises Stopped."""
@@ -1870,20 +1811,104 @@ class TestTimeTraining(Stateful):
             start, epochs = pace.time(c), 0
             sums = mode.score_chunk(c)
             total, scored = total + sums, pace.time(c)
-            if mode.context_chunks <= c < n - 1 and mode.s.ttt_enabled:
+            if mode.context_chunks <= c < n - 1 and mode.s.ttt_enabled and mode.s.ttt_lr:
                 epochs = pace.epochs(sums)
                 mode.learn_chunk(c, epochs)
             pace.end(c, start, scored, epochs)
             self.records.append((sums, epochs))
             self.hooks.on_chunk(self)
-            if self.hooks.should_stop(in_loop=True):
-                raise Stopped
-            self.hooks.on_progress("TTT", (c + 1) / n)
+            if c % self.every == 0:
+                self.hooks.on_meeting(self)
+                if self.hooks.should_stop(in_loop=True):
+                    raise Stopped
+                self.hooks.on_progress("TTT", (c + 1) / n)
             if self.log and (c % ceil_div(n, 20) == 0 or c == n - 1):
                 values = {"chunk": c + 1, "bpb": Score(*total.tolist()).val_bpb, "seconds": clock.seconds()}
                 line = "ttt_chunk [{chunk}/{chunks}] bpb={bpb:.6f} time={seconds:.1f}s"
                 self.log.event("ttt_chunk", line.format(chunks=n, **values), chunks=n, **values)
         return Score(*total.tolist())
+
+
+BLOCK = 4096  # targets of a mixture; blocks are mixed side by side
+
+
+def mix(losses: Tensor, share: float, look_back: int) -> tuple[Tensor, Tensor]:
+    """Returns a mixture's losses (N,) fp64 of experts' (E, N), in nats, and the weights (E, N) it had.
+
+    Behind each target weights follow Bayes' rule; then a share goes back to their average, which looks back
+    on so many targets (mixing past posteriors, Bousquet and Warmuth 2002).
+    """
+    number, n = losses.shape
+    p = losses.double().neg().exp().nan_to_num(0)
+    p = F.pad(p, (0, -n % BLOCK), value=1).view(number, -1, BLOCK)
+    weights, now = torch.empty_like(p), torch.full_like(p[..., 0], 1 / number)
+    average = now
+    for t in range(BLOCK):
+        weights[..., t] = now
+        joint = now * p[..., t]  # (E, blocks)
+        posterior = joint / joint.sum(dim=0)
+        average = torch.lerp(average, posterior, 1 / look_back)
+        now = torch.lerp(posterior, average, share)
+    return -(weights * p).sum(dim=0).log().flatten()[:n], weights.flatten(1)[:, :n]
+
+
+class Ensemble(Stateful):
+    """Experts that each read the text, one at a time on a rank; their mixture counts."""
+
+    mode = StreamingMode
+    records = ()
+
+    def __init__(self, s: Settings, scorer: Scorer, clock: Clock, log: Log):
+        self.s, self.scorer, self.clock, self.log = s, scorer, clock, log
+        self.experts = expert_settings(s)
+        self.done: dict[str, Tensor] = {}  # losses (N,) of experts that have read all
+        self.begun: dict[str, State] = {}  # of others, from before a restart
+        self.now: dict[str, TestTimeTraining] = {}
+
+    def state_dict(self) -> State:
+        """Returns what all ranks' experts have come to."""
+        own = {name: ttt.state_dict() for name, ttt in self.now.items()}
+        return {"done": dict(self.done), "begun": dict(ChainMap(*gather(own)))}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state_dict(), of perhaps another number of ranks."""
+        self.done, self.begun = state["done"], state["begun"]
+
+    def run(self) -> Score:
+        """Let all experts read that there is time for; return the mixture's score. Raises Stopped."""
+        scorer, world, needed, common = self.scorer, world_size(), 0.0, self.s.ttt_chunk_tokens
+        weights = list(scorer.model.parameters())
+        first = copies(weights)
+        while rest := [name for name in self.experts if name not in self.done]:
+            now, end, turn = from_rank0(self.clock.seconds()), self.s.eval_max_seconds, rest[:world]
+            if self.done and from_rank0(now + needed > end):
+                self.log.event("dropped", experts="; ".join(rest))
+                break
+            name = turn[rank() % len(turn)]
+            s = replace(self.experts[name], eval_max_seconds=now + (end - now) / ceil_div(len(rest), world))
+            mode = self.mode(s, scorer, Learner(scorer.model, s, scorer.hooks))
+            every = common // s.ttt_chunk_tokens
+            mode.chunks = 1 + every * ceil_div(scorer.targets - scorer.window, common)
+            self.now[name] = ttt = TestTimeTraining(mode, self.clock)
+            ttt.every = every
+            if name in self.begun:
+                ttt.load_state_dict(self.begun.pop(name))
+            ttt.run()
+            scorer.hooks.on_expert(ttt)
+            copy_weights(weights, first)
+            for i, name in enumerate(turn):
+                losses = ttt.learner.losses if i == rank() else torch.zeros_like(ttt.learner.losses)
+                self.done[name] = all_reduce(losses)
+            self.now, needed = {}, ttt.pace.scoring * mode.chunks
+        return self.mixture()
+
+    def mixture(self) -> Score:
+        """Returns the score of what counts."""
+        losses, scorer = torch.stack([*self.done.values()]), self.scorer
+        mixed, weights = mix(losses, self.s.ttt_share, self.s.ttt_share_tokens)
+        scorer.hooks.on_mixture(self, losses, mixed, weights)
+        read = Read(scorer, torch.arange(scorer.targets, device=losses.device)[None], mixed[None])
+        return Score(*all_reduce(scorer.measure(read, 0, scorer.targets if rank() == 0 else 0)).tolist())
 
 
 class Evaluation(Stateful):
@@ -1893,9 +1918,13 @@ class Evaluation(Stateful):
 
     def __init__(self, run: Run, model: GPT, tokens: Tensor, tables: ByteTables):
         s, self.run_of, self.model, self.clock = run.settings, run, model, Clock()
-        scorer = Scorer(model, tokens, tables, s.window, s.val_batch_size // SPANS, run.hooks)
-        mode = EVAL_MODES[s.eval_mode](s, scorer, Learner(model, s, run.hooks))
-        self.ttt = TestTimeTraining(mode, self.clock, run.log)
+        batch = s.val_batch_size // SPANS
+        self.scorer = scorer = Scorer(model, tokens, tables, s.window, batch, run.hooks)
+        mode = EVAL_MODES[s.eval_mode]
+        if s.ttt_experts:
+            self.ttt = Ensemble(s, scorer, self.clock, run.log)
+        else:
+            self.ttt = TestTimeTraining(mode(s, scorer, Learner(model, s, run.hooks)), self.clock, run.log)
         self.stages = {"final_int6_roundtrip": lambda: scorer.score_windows(s.window, "roundtrip")}
         if s.eval_mode == "sliding":
             self.stages[mode.stage] = lambda: scorer.score_windows(s.eval_stride, "sliding")
@@ -1928,47 +1957,32 @@ def report_stage(run: Run, name: str, score: Score, seconds: float) -> None:
 
 # ======== Training ========
 
-WARM_UP_TOKENS = 16384  # least held-out ones that a CPU reads in warm-up
-TIMES = "train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms"
+WARM_UP_TOKENS = 16384  # least ones that a CPU calibrates by in warm-up
 
 
 class Trainer(Stateful):
     """Trains a model under the clock. Making one opens shards, draws weights, raises RunError, OSError."""
 
-    STATE = ("done", "elapsed", "weights", "optimizers", "ema", "base", "knob")
+    STATE = ("done", "elapsed", "weights", "optimizers", "ema")
 
     def __init__(self, run: Run):
         s, self.run_of, self.device = run.settings, run, run.device
-        self.s, shards = s, open_shards(s.data_path, "train")
-        self.shards, holdout = split_holdout(shards, s.holdout_tokens, s.train_seq_len)
+        self.s, self.shards = s, open_shards(s.data_path, "train")
         self.loader = partial(span_loader, self.shards, s.train_batch_tokens // SPANS, s.vocab_size)
-        self.holdout_tokens = check_ids(holdout, s.vocab_size, "held-out tail").to(self.device)
+        number = max(s.calibration_tokens // s.train_seq_len, 1) * s.train_seq_len + 1
+        first = read_stream(self.shards, 0, number)
+        self.calibration_tokens = check_ids(first, s.vocab_size, "first train shard").to(self.device)
         torch.manual_seed(s.seed)
         self.model = GPT(s, run.dtype).initialize().on(self.device)
         self.weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, s)
         self.ema = copies(self.weights) if s.ema_enabled else []
-        self.base: Steps | None = None  # before the knob, once rounding has begun
-        self.steps, self.knob = None, 1.0
         self.done, self.elapsed = 0, 0.0  # steps, seconds so far
         self.piece = 0  # longest one of a document now
 
-    def load_state_dict(self, state: State) -> None:
-        """Go on from a state_dict()."""
-        super().load_state_dict(state)
-        self.steps = None if self.base is None else scaled(self.base, self.knob)
-
-    def holdout_loss(self, part: int | None = None) -> float:
-        """Returns the mean loss of held-out tokens, all or the first `part`, in nats."""
-        s, tokens = self.s, self.holdout_tokens[:part]
-        scorer = Scorer(
-            self.model, tokens, None, s.train_seq_len, s.val_batch_size // SPANS, self.run_of.hooks
-        )
-        return scorer.score_windows(s.train_seq_len).val_loss
-
     def calibrate(self, part: int | None = None) -> Calibration:
-        """Returns calibrate() of held-out tokens, all or the first `part`."""
-        return calibrate(self.model, self.holdout_tokens[:part], self.s.train_seq_len, self.run_of.hooks)
+        """Returns calibrate() of the first training tokens, all or a `part`."""
+        return calibrate(self.model, self.calibration_tokens[:part], self.s.train_seq_len, self.run_of.hooks)
 
     def train_step(self, spans: Tensor, multiplier: float, momentum: float) -> Tensor:
         """Learn from spans (SPANS / W, span + 1); return this rank's part of the loss, norm: (2,)."""
@@ -1977,7 +1991,7 @@ class Trainer(Stateful):
             length = spans.size(1) - 1
             pieces = [document_pieces(span[None, :-1], self.piece).to(self.device) for span in spans]
         spans = spans.to(self.device, non_blocking=True).long()
-        matrices, loss = self.model.matrices(self.steps), 0
+        matrices, loss = self.model.matrices(), 0
         leaves = Matrices(*(m.detach().requires_grad_() for m in matrices))  # whose gradients are cast once
         sums = [torch.zeros_like(m, dtype=torch.float32) for m in matrices]
         for span, own in zip(spans, pieces, strict=True):
@@ -1998,20 +2012,10 @@ class Trainer(Stateful):
         schedule = self.s.train_seq_schedule or ((self.s.train_seq_len, 0),)
         self.piece = max(length for length, start in schedule if start <= share)
 
-    def fix_steps(self, fisher: Named, limit: int) -> None:
-        """Choose each row's step so that about `limit` bytes come out."""
-        self.base = base_steps(self.model, fisher)
-
-        def size(knob: float) -> float:
-            return estimate_bytes(quantize(self.model.state_dict(), scaled(self.base, knob)))
-
-        self.knob = from_rank0(fit_knob(self.model, size, limit, 1.0))
-        self.steps = scaled(self.base, self.knob)
-
     def warm_up(self) -> float:
         """Compile by steps that leave no trace; return the seconds to keep for the end."""
-        s, log, clock, before, reserve = self.s, self.run_of.log, Clock(), copies(self.weights), 0.0
-        part = number = len(self.holdout_tokens) - 1
+        s, log, clock, before = self.s, self.run_of.log, Clock(), copies(self.weights)
+        part = number = len(self.calibration_tokens) - 1
         if self.device.type == "cpu":  # compiles nothing: a part shows how fast all are read
             part = min(number, max(number // 16, WARM_UP_TOKENS) // s.train_seq_len * s.train_seq_len)
         with self.loader() as spans:
@@ -2021,18 +2025,15 @@ class Trainer(Stateful):
                 self.train_step(together(spans.__next__), 1.0, s.muon_momentum)
         copy_weights(self.weights, before)
         self.optimizers = Optimizers(self.model, s)
-        passes = 2 + s.ema_enabled  # of each candidate, and one to spare
-        for action, times in ((self.holdout_loss, passes), (self.calibrate, 1.5)):
-            action(part + 1)  # the first time is slower
-            again = Clock()
-            action(part + 1)
-            reserve += times * number / part * again.seconds()
-        reserve = from_rank0(reserve)
+        self.calibrate(part + 1)  # the first time is slower
+        again = Clock()
+        self.calibrate(part + 1)
+        reserve = from_rank0(1.5 * number / part * again.seconds())
         log.event("warm_up", reserve=1000 * reserve, took=clock.seconds())
         return reserve
 
-    def run(self, validate: Callable[[], Score], limit: int) -> Calibration:
-        """Train till steps or rank 0's time are used up, choose, calibrate. Raises RunError, Stopped."""
+    def run(self, validate: Callable[[], Score]) -> Calibration:
+        """Train till steps or rank 0's time are used up, average, calibrate. Raises RunError, Stopped."""
         s, log, hooks = self.s, self.run_of.log, self.run_of.hooks
         budget = (s.max_wallclock_seconds or math.inf) - self.warm_up()
         if (restored := hooks.restore_training()) is not None:
@@ -2047,8 +2048,9 @@ class Trainer(Stateful):
                 self.enter(1 if last else share_done(self.done, s, self.elapsed, budget))
                 if last or (s.val_loss_every and self.done % s.val_loss_every == 0):
                     pause, score = Clock(), validate()
-                    measured = f"val_loss:{{val_loss:.4f}} val_bpb:{{val_bpb:.4f}} {TIMES}"
-                    self.report("validation", measured, val_loss=score.val_loss, val_bpb=score.val_bpb)
+                    self.report("validation", {"val_loss": score.val_loss, "val_bpb": score.val_bpb})
+                    if not math.isfinite(score.nats):
+                        raise RunError("no validation loss is finite; lower the learning rates")
                     clock.add(-pause.seconds())
                 hooks.on_step(self, last)
                 if hooks.should_stop(in_loop=True):
@@ -2056,20 +2058,16 @@ class Trainer(Stateful):
                 if last:
                     break
                 left = warmdown_left(self.done, s, self.elapsed, budget)
-                if s.late_qat and self.done and left < s.late_qat_threshold and self.steps is None:
-                    self.fix_steps(self.calibrate().fisher, limit)
-                    log.event("late_qat", step=self.done, knob=self.knob)
-                multiplier, momentum = lr_multiplier(left, s), muon_momentum(self.done, s)
+                multiplier, momentum = max(left, s.min_lr), muon_momentum(self.done, s)
                 measured = self.train_step(together(spans.__next__), multiplier, momentum)
                 if self.ema:
                     with torch.no_grad():
                         torch._foreach_lerp_(self.ema, self.weights, 1 - ema_decay(self.done, s))
                 self.finish_step(measured, clock, multiplier)
                 hooks.on_progress("training", share_done(self.done, s, self.elapsed, budget))
-        self.choose()
+        if self.ema:
+            copy_weights(self.weights, self.ema)
         calibration = self.calibrate()
-        if self.base is None:
-            self.fix_steps(calibration.fisher, limit)
         times = {"train_time": 1000 * self.elapsed, "with_calibration": 1000 * clock.seconds()}
         log.event("trained", steps=self.done, memory=peak_memory(), **times)
         return calibration
@@ -2083,43 +2081,36 @@ class Trainer(Stateful):
         if not math.isfinite(loss + norm):
             raise RunError(f"step {self.done}: loss {loss}, gradient norm {norm}; lower the learning rates")
         if s.train_log_every and (self.done <= 10 or self.done % s.train_log_every == 0):
-            line = f"train_loss:{{train_loss:.4f}} {TIMES} tokens/s:{{tokens_per_second:.0f}} "
-            more = {"tokens_per_second": s.train_batch_tokens * self.done / self.elapsed}
-            more |= {"multiplier": multiplier, "memory": peak_memory()}
-            self.report("step", line + "memory:{memory:.0f}MiB", train_loss=loss, **more)
+            speed = s.train_batch_tokens * self.done / self.elapsed
+            more = {"tokens_per_second": speed, "memory": peak_memory(), "multiplier": multiplier}
+            line = f" tokens/s:{speed:.0f} memory:{more['memory']:.0f}MiB"
+            self.report("step", {"train_loss": loss}, line, **more)
 
-    def report(self, event: str, measured: str, **values: float) -> None:
-        """Log what was measured, a format of values, with steps and milliseconds."""
+    def report(self, event: str, losses: dict[str, float], line: str = "", **more: float) -> None:
+        """Log losses after so many steps and milliseconds."""
         times = {"train_time": 1000 * self.elapsed, "step_avg": 1000 * self.elapsed / max(self.done, 1)}
-        values |= {"step": self.done, "iterations": self.s.iterations} | times
-        self.run_of.log.event(event, ("step:{step}/{iterations} " + measured).format_map(values), **values)
-
-    def choose(self) -> None:
-        """Take the candidate of the least held-out loss. Raises RunError."""
-        log, losses, weights = self.run_of.log, {}, {"raw": copies(self.weights), "ema": self.ema}
-        for name in ("raw", "ema") if self.ema else ("raw",):
-            copy_weights(self.weights, weights[name])
-            losses[name] = self.holdout_loss()
-            log.event("average", average=name, holdout_loss=losses[name])
-        finite = [name for name, loss in losses.items() if math.isfinite(loss)]
-        if not finite:
-            raise RunError("no held-out loss is finite")
-        best = min(finite, key=losses.__getitem__)
-        copy_weights(self.weights, weights[best])
-        log.event("chosen", average=best)
+        shown = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
+        line = "train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms".format_map(times) + line
+        line = f"step:{self.done}/{self.s.iterations} {shown} {line}"
+        counts = {"step": self.done, "iterations": self.s.iterations}
+        self.run_of.log.event(event, line, **losses, **more, **counts, **times)
 
 
-def export(run: Run, trainer: Trainer, fingerprint: str, calibration: Calibration, limit: int) -> bytes:
+def export(run: Run, model: GPT, fingerprint: str, calibration: Calibration, limit: int) -> bytes:
     """Returns a trained model's artifact, within `limit` bytes if that can be."""
-    s, clock, weights, packed = run.settings, Clock(), trainer.model.state_dict(), b""
+    s, clock, weights, packed = run.settings, Clock(), model.state_dict(), b""
+    base = base_steps(model, calibration.fisher)
     factors = {name: factor(moments) for name, moments in calibration.moments.items()}
+
+    def estimate(knob: float) -> float:
+        return estimate_bytes(quantize(weights, scaled(base, knob)))
 
     def size(knob: float) -> float:
         nonlocal packed
-        packed = pack_artifact(s, fingerprint, quantize(weights, scaled(trainer.base, knob), factors))
+        packed = pack_artifact(s, fingerprint, quantize(weights, scaled(base, knob), factors))
         return len(packed)
 
-    knob = fit_knob(trainer.model, size, limit, trainer.knob)
+    knob = fit_knob(model, size, limit, fit_knob(model, estimate, limit, 1.0))
     run.log.event("quantized", knob=knob, took=clock.seconds())
     return packed
 
@@ -2134,10 +2125,8 @@ def load_hooks(s: Settings) -> Hooks:
         if s.audit or s.resume or s.checkpoint_every:
             raise RunError("AUDIT, RESUME and CHECKPOINT_EVERY need tools/")
         return NO_HOOKS
+    sys.modules.setdefault("tools", ModuleType("tools")).__path__ = [str(folder)]
     try:
-        if str(folder) not in getattr(sys.modules.get("tools"), "__path__", []):  # no other one on the path
-            sys.modules["tools"] = ModuleType("tools")
-            sys.modules["tools"].__path__ = [str(folder)]
         return importlib.import_module("tools.run").make_hooks(s)
     except (ImportError, OSError) as e:
         raise RunError(f"{folder} is broken: {e}") from None
@@ -2179,14 +2168,16 @@ def train_and_export(
     sizes = {"parameters": sum(map(torch.numel, trainer.weights)), "validation_tokens": len(text)}
     run.log.event("data", **sizes, training_tokens=sum(map(len, trainer.shards)))
     scorer = Scorer(trainer.model, text, tables, s.eval_seq_len, s.val_batch_size // SPANS, run.hooks)
-    calibration = trainer.run(lambda: scorer.score_windows(s.eval_seq_len), limit)
+    calibration = trainer.run(lambda: scorer.score_windows(s.eval_seq_len))
     clock, score = Clock(), scorer.score_windows(s.eval_seq_len)
     report_stage(run, "averaged", score, clock.seconds())
     run.hooks.on_stage("averaged", score)
     report_progress(run.hooks, "quantizing and coding", 0)
-    together(
-        lambda: write_atomically(run.artifact_path, export(run, trainer, fingerprint, calibration, limit)), 1
-    )
+
+    def write() -> None:
+        write_atomically(run.artifact_path, export(run, trainer.model, fingerprint, calibration, limit))
+
+    together(write, 1)
 
 
 def execute(run: Run) -> None:
@@ -2264,5 +2255,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.modules["train_gpt"] = sys.modules["__main__"]  # one copy of this module
+    sys.modules["train_gpt"] = sys.modules["__main__"]
     sys.exit(main())

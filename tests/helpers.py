@@ -201,11 +201,6 @@ def factors_of(moments):
     return {name: T.factor(m.clone()) for name, m in moments.items()}
 
 
-def start_qat(trainer):
-    """As Trainer.run() does when late QAT begins."""
-    trainer.fix_steps(trainer.calibrate().fisher, trainer.s.artifact_limit)
-
-
 def snapshot(weights):
     return [w.detach().clone() for w in weights]
 
@@ -237,14 +232,14 @@ def worker(rank, world, folder, port):
         CUDA_VISIBLE_DEVICES="",
     )
     T.start_processes()
-    trainer = trainer_of(folder, LATE_QAT_THRESHOLD=0.5, MATRIX_LR=0.01, BIGRAM_DIM=32)
-    trainer.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)
+    trainer = trainer_of(folder, MATRIX_LR=0.01, BIGRAM_DIM=32)
+    trainer.run(lambda: T.Score())
     found = dict(steps=torch.stack(trainer.measured), weights=snapshot(trainer.weights))
     if world > 1:  # start from the very same weights, so that only scoring and learning are compared
         T.copy_weights(trainer.weights, torch.load(f"{folder}/1-0.pt", weights_only=False)["weights"])
 
     frontier = trainer_of(folder, **FRONTIER, ITERATIONS=4, LOOP_FROM=0.5, MATRIX_LR=0.01)
-    frontier.run(lambda: T.Score(), T.FIELDS["ARTIFACT_LIMIT"].default)  # loops and longer pieces half-way
+    frontier.run(lambda: T.Score())  # loops and longer pieces half-way
     found["frontier"] = torch.stack(frontier.measured)
 
     tokens = made_up_tokens(5 * 48 + 21, seed=9)  # five chunks of three sequences and a short last one

@@ -1,4 +1,4 @@
-"""The steps, GPTQ and late QAT: what is rounded how finely, and that the loss rises as little as promised."""
+"""The steps and GPTQ: what is rounded how finely, and that the loss rises as little as promised."""
 
 import math
 import types
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as T
-from tests.helpers import made_up_tokens, random_batch, random_model, settings
+from tests.helpers import made_up_tokens, random_model, settings
 from tools.measure import quant_report as Q
 from tools.measure.quant_report import record_quantize, record_steps
 
@@ -238,32 +238,6 @@ def test_gptq_errs_less_where_inputs_are_correlated_and_rounds_where_they_are_no
     nearest = (bank / step).round()
     assert error(T.gptq(bank, step, T.factor(moments.clone()))) < 0.5 * error(nearest)
     assert torch.equal(T.gptq(bank, step, T.factor(torch.diag_embed(torch.rand(1, 96) + 0.5))), nearest)
-
-
-# Late QAT
-
-
-def test_fake_quantization_is_what_the_artifact_holds_and_its_gradient_passes_straight_through(
-    model, calibrated
-):
-    steps = T.scaled(T.base_steps(model, calibrated.fisher), 2.0)
-    batch, weights = random_batch(), model.state_dict()
-    other = random_model(model.s)
-    other.load_state_dict(
-        weights
-        | {name: w for name, w in T.dequantize(T.quantize(weights, steps)).items() if name in model.BANKS}
-    )
-    grads = []
-    for m, matrices in ((model, model.matrices(steps)), (other, other.matrices())):
-        m.zero_grad()
-        loss = m(*batch, matrices).mean()
-        loss.backward()
-        grads.append([loss.item(), *(p.grad for p in m.parameters())])
-    assert grads[0][0] == grads[1][0] and abs(grads[0][0] - model(*batch).mean().item()) > 1e-4
-    for a, b in zip(grads[0][1:], grads[1][1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
-    assert all((bank.grad != 0).all() for bank in model.banks())
-    model.zero_grad()
 
 
 # Size

@@ -30,8 +30,6 @@ def test_a_shard_is_mapped_as_it_was_written(tmp_path):
     assert (
         len(shard) == 5 and shard.read(1, 3).tolist() == tokens[1:3] and shard.read(3).tolist() == tokens[3:]
     )
-    first = T.Shard(tmp_path / "good.bin", 3)
-    assert len(first) == 3 and first.read().tolist() == first.read(0, 9).tolist() == tokens[:3]
 
 
 @pytest.mark.parametrize("change", ["time", "longer"])
@@ -225,33 +223,6 @@ def test_targets_are_the_inputs_one_token_later_in_rows_of_the_sequence_length(f
         seen, torch.from_numpy(stream[: 8 * 65]).view(8, 65), strict=True
     ):  # a step's 512 targets are 8 spans of 64
         assert torch.equal(x, span[:-1].view(4, 16)) and torch.equal(y, span[1:].view(4, 16))
-
-
-@pytest.mark.parametrize(
-    "tokens, seq_len, count",
-    [
-        (100, 10, 101),
-        (99, 10, 91),
-        (10, 10, 11),
-        (19, 10, 11),
-        (250, 10, 251),
-        (10**9, 10, 251),
-        (10**9, 250, 251),
-        (7, 2, 7),
-    ],
-)
-def test_the_holdout_is_the_tail_and_is_not_trained_on(shards_of, tokens, seq_len, count):
-    shards = shards_of(range(1030), [30])  # at most a quarter of the last shard is held out
-    train, holdout = T.split_holdout(shards, tokens, seq_len)
-    assert holdout.tolist() == list(range(1030 - count, 1030))
-    assert np.concatenate([shard.read() for shard in train]).tolist() == list(range(1030 - count))
-    assert T.read_stream(train, 1029 - count, 2).tolist() == [1029 - count, 0]
-
-
-@pytest.mark.parametrize("tokens, seq_len", [(9, 10), (10**9, 251)])
-def test_a_holdout_that_holds_no_sequence_is_an_error(shards_of, tokens, seq_len):
-    message = error_of(T.split_holdout, shards_of(range(1030), [30]), tokens, seq_len)
-    assert "HOLDOUT_TOKENS" in message and f"TRAIN_SEQ_LEN={seq_len}" in message
 
 
 KNOWN = [

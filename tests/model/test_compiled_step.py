@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as T
-from tests.helpers import random_batch, settings, start_qat, write_shards
+from tests.helpers import random_batch, settings, write_shards
 from tools.measure.bench import no_host_sync
 
 pytestmark = pytest.mark.slow
@@ -54,10 +54,8 @@ def trainer_of(folder):
     return trainer
 
 
-def steps(trainer, count, qat=False):
-    """The losses of so many steps; QAT stays on."""
-    if qat:
-        start_qat(trainer)
+def steps(trainer, count):
+    """The losses of so many steps."""
     with trainer.loader() as spans:
         return [trainer.train_step(next(spans), 1.0, 0.95)[0].item() for _ in range(count)]
 
@@ -69,7 +67,7 @@ def first_spans(trainer):
 
 @pytest.fixture(scope="module")
 def graphs(folder):
-    """forward, backward: the graphs compiled in six steps, half of them with QAT."""
+    """forward, backward: the graphs compiled in six steps."""
     graphs = dict(forward=[], backward=[])
 
     def keep(kind):
@@ -84,12 +82,12 @@ def graphs(folder):
     backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
     model = trainer.model
     model.compile(backend=backend, dynamic=False, fullgraph=True)  # no graph break
-    losses = steps(trainer, 3) + steps(trainer, 3, qat=True)
+    losses = steps(trainer, 6)
     assert losses[0] == pytest.approx(math.log(56), abs=0.1) and losses[-1] < losses[0]
     return graphs
 
 
-def test_steps_with_and_without_qat_compile_one_graph_each_way(graphs):
+def test_steps_compile_one_graph_each_way(graphs):
     assert {kind: len(found) for kind, found in graphs.items()} == dict(forward=1, backward=1)
 
 
@@ -130,12 +128,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, weights):
         super().__init__()
-        self.weights, self.casts, self.large_casts, self.products = (
-            {w.data_ptr() for w in weights},
-            Counter(),
-            0,
-            Counter(),
-        )
+        self.weights, self.casts, self.products = ({w.data_ptr() for w in weights}, Counter(), Counter())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -144,22 +137,16 @@ class Watch(TorchDispatchMode):
             BF16,
         ):
             self.casts[args[0].data_ptr()] += args[0].data_ptr() in self.weights
-            self.large_casts += is_matrix(args[0])
         if function in PRODUCTS:
             self.products[tuple(arg.dtype for arg in args if isinstance(arg, torch.Tensor))] += 1
         return function(*args, **kwargs)
 
 
 def test_a_step_casts_each_bank_once_and_multiplies_in_bf16_only(trainer):
-    with Watch(trainer.model.banks()) as plain:
+    with Watch(trainer.model.banks()) as watch:
         steps(trainer, 1)
-    start_qat(trainer)
-    with Watch(trainer.model.banks()) as rounded:
-        steps(trainer, 1)
-    assert [plain.casts[bank.data_ptr()] for bank in trainer.model.banks()] == [1, 1, 1, 1]
-    assert rounded.large_casts == plain.large_casts  # QAT casts what it rounded instead
-    for watch in (plain, rounded):
-        assert set(watch.products) == {(BF16, BF16)} and watch.products.total() > 8 * 3 * (4 * 2 + 3)
+    assert [watch.casts[bank.data_ptr()] for bank in trainer.model.banks()] == [1, 1, 1, 1]
+    assert set(watch.products) == {(BF16, BF16)} and watch.products.total() > 8 * 3 * (4 * 2 + 3)
 
 
 class Moves(TorchFunctionMode):
@@ -181,11 +168,8 @@ def test_a_step_copies_its_batch_without_waiting(trainer):
             spans.to(CPU)
 
 
-@pytest.mark.parametrize("qat", [False, True])
-def test_a_step_does_not_wait_for_the_device(trainer, qat):
+def test_a_step_does_not_wait_for_the_device(trainer):
     spans = first_spans(trainer)
-    if qat:
-        start_qat(trainer)
     with no_host_sync(CPU):
         trainer.train_step(spans, 1.0, 0.95)
 

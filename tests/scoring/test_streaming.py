@@ -394,7 +394,7 @@ def slowed(mode, clock, scoring, learning):
 def slow_ttt(limit, scoring, learning, n=424, **extra):
     """Seconds it took, the epochs of each chunk, tokens scored."""
     s, clock = (
-        settings(**STREAMING | dict(EVAL_MAX_SECONDS=limit, TTT_LR=0, TRAIN_SEQ_LEN=16) | extra),
+        settings(**STREAMING | dict(EVAL_MAX_SECONDS=limit, TTT_LR=1e-9, TRAIN_SEQ_LEN=16) | extra),
         Told(),
     )
     scorer = scorer_of(T.GPT(s).initialize(), s, made_up_tokens(n + 1))

@@ -56,8 +56,6 @@ RECORD = dict(
     GRAD_CLIP_NORM=0.3,
     EMA_ENABLED=True,
     EMA_DECAY=0.997,
-    LATE_QAT=True,
-    LATE_QAT_THRESHOLD=0.15,
     EVAL_SEQ_LEN=2048,
     EVAL_STRIDE=64,
     TTT_ENABLED=True,
@@ -72,7 +70,6 @@ RECORD = dict(
     TTT_BATCH_SEQS=32,
     TTT_MOMENTUM=0.9,
     TTT_GRAD_CLIP=1.0,
-    EVAL_TIME_SOFT_CAP_SECONDS=570.0,
     RECIPE="record",
     EVAL_MODE="sliding",
     WARMDOWN_FRACTION=0.0,
@@ -167,12 +164,21 @@ def test_every_setting_is_read_from_the_environment():
         if name not in changed:
             if isinstance(value, bool):
                 changed[name] = not value
+            elif name == "TTT_WEIGHTS":
+                changed[name] = "banks"
+            elif name == "TTT_EXPERTS":
+                changed[name] = "lr=0;lr=0.02,chunk=32"
             else:
                 changed[name] = value + 1 if isinstance(value, int) else value / 2 or 0.5
         assert changed[name] != value
     text = {name: str(int(value) if isinstance(value, bool) else value) for name, value in changed.items()}
+    del text["TTT_EXPERTS"]  # nothing learns
     found = values(text | dict(VE_LAYERS="0,2", LOOP_LAYERS="1-2", TRAIN_SEQ_SCHEDULE="32@0,64@0.25"))
+    assert found.pop("TTT_EXPERTS") == ""
+    experts = changed.pop("TTT_EXPERTS")
     assert found == changed
+    assert values(dict(TTT_EXPERTS=experts, EVAL_MODE="streaming"))["TTT_EXPERTS"] == experts
+    found["TTT_EXPERTS"] = ""
     assert {name: type(value) for name, value in found.items()} == {
         name: type(value) for name, value in values({}).items()
     }
@@ -249,11 +255,11 @@ NUM_LAYRES SEEDS SEDE SEED_ seed NUM_LAYER NUM_LAYERSS NUM_HAEDS NUM_KV_HEAD TTT
 EVAL_STRIDES EVAL_STRID EVAL_SRTIDE WARMDOWN_ITER MODEL_DIMS MODLE_DIM MODEL_DMI MAX_WALLCLOCK_SECOND
 MAX_WALCLOCK_SECONDS MAX_WALLCLOCK DATA_PATHS DATAPATH DATA_PAHT ITERATION ITERATONS INTERATIONS ROPE_DIM
 EMA_DECAYS SWA_EVERY_N XSA_LAST VE_LAYER BIGRAM_VOCAB TRAIN_SEQ_LENGTH TRAIN_SEQLEN VAL_BATCH
-VAL_BATCHSIZE LATE_QAT_THRESH GRAD_CLIP_NORMS GRAD_CLIP ARTIFACT_PATHS RUN_IDS RUNID NUM_KV RECIPIE
+VAL_BATCHSIZE GRAD_CLIP_NORMS GRAD_CLIP ARTIFACT_PATHS RUN_IDS RUNID NUM_KV RECIPIE
 RECEIPE AUDT AUDTI RESUM RESUME_ EVALONLY EVAL_ONLLY EVAL_MOD EVAL_MDOE EVAL_WINDOWS CHECKPOINT_EVRY
 CHECKPOINTS_EVERY ARTIFACT_LIMITS TOKENISER_PATH TOKENIZER_PAHT VOCABSIZE VOCAB_SIZES BETA_1 BETA_2 BETA
 ADAM_WDD ADAM_ESP MATRIX_RL MATRIX_LRR SCALAR_LRS TIED_EMBED_LRS LOGIT_SOFTCAPS LOGITSOFTCAP QK_GAIN
-MLP_MUL MLP_MULTI LN_SCAEL HOLDOUT_TOKEN TRAIN_BATCH_TOKEN TRAIN_BATCH_TOKNES
+MLP_MUL MLP_MULTI LN_SCAEL CALIBRATION_TOKEN TRAIN_BATCH_TOKEN TRAIN_BATCH_TOKNES
 TRAIN_LOG_EVRY VAL_LOSS_EVRY WARMUP_STEP WARMPU_STEPS TTT_ENABLE TTT_CHUNK TTT_CHUNKS_TOKENS TTT_EPOCH
 TTT_LEARNING_RATE TTT_DECAYS ttt_lr Num_Layers EVAL_MAX_SECOND EVAL_SEQLEN EVAL_SEQ_LENGTH EMA_ENABLE
 SWA_DISABLE NUM_HEDS MODEL_DM ITERATIOSN LOOP_LAYER LOOPS_FROM PARALEL_FROM ATTN_GATE_CHANNEL SMEARS
@@ -319,6 +325,10 @@ RETIRED = dict(
     SWA_ENABLED=1,
     SWA_EVERY=50,
     MATRIX_STEP=1,
+    LATE_QAT=0,
+    LATE_QAT_THRESHOLD=0.15,
+    EVAL_TIME_SOFT_CAP_SECONDS=570,
+    HOLDOUT_TOKENS=524288,
 )
 
 

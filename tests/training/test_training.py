@@ -1,7 +1,6 @@
-"""Training: warm-up, clock, schedules, average, late QAT, optimizers, switches and initial weights."""
+"""Training: warm-up, clock, schedules, average, optimizers, switches and initial weights."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +16,9 @@ from tests.helpers import (
     round_trip,
     settings,
     snapshot,
-    start_qat,
     trainer_of,
     write_shards,
 )
-
-LIMIT = T.FIELDS["ARTIFACT_LIMIT"].default
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +38,9 @@ def same(weights, others):
 
 
 def test_warm_up_leaves_no_trace(folder):
-    runs = [trainer_of(folder, WARMUP_STEPS=n, ITERATIONS=6, LATE_QAT_THRESHOLD=0.9) for n in (0, 3)]
+    runs = [trainer_of(folder, WARMUP_STEPS=n, ITERATIONS=6) for n in (0, 3)]
     for trainer in runs:
-        trainer.run(validate, LIMIT)
+        trainer.run(validate)
     assert [len(trainer.measured) for trainer in runs] == [6, 9]
     assert torch.equal(torch.stack(runs[0].measured), torch.stack(runs[1].measured[3:]))
     assert same(runs[0].weights, runs[1].weights)
@@ -60,15 +56,11 @@ class SlowTrainer(Trainer):
     """Takes so many seconds, by a clock that moves only when told to."""
 
     now = 0.0
-    seconds = dict(step=0.0, holdout=0.0, calibration=0.0)
+    seconds = dict(step=0.0, calibration=0.0)
 
     def train_step(self, *args):
         self.now += self.seconds["step"]
         return super().train_step(*args)
-
-    def holdout_loss(self, part=None):
-        self.now += self.seconds["holdout"]
-        return super().holdout_loss(part)
 
     def calibrate(self, part=None):
         self.now += self.seconds["calibration"]
@@ -77,18 +69,10 @@ class SlowTrainer(Trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cap, step, holdout, calibration, steps",
-    [
-        (10, 0.5, 0, 0, 20),
-        (10, 0.5, 0.25, 0, 18),
-        (10, 0.5, 0.25, 0.5, 17),
-        (10, 0.75, 0.125, 0.25, 12),
-        (0.5, 1, 0, 0, 1),
-    ],
+    "cap, step, calibration, steps",
+    [(10, 0.5, 0, 20), (10, 0.5, 0.5, 18), (10, 0.75, 0.25, 12), (0.5, 1, 0, 1)],
 )  # s
-def test_training_average_and_calibration_fit_under_the_cap(
-    folder, monkeypatch, cap, step, holdout, calibration, steps
-):
+def test_training_and_calibration_fit_under_the_cap(folder, monkeypatch, cap, step, calibration, steps):
     trainer = trainer_of(
         folder,
         SlowTrainer,
@@ -96,11 +80,10 @@ def test_training_average_and_calibration_fit_under_the_cap(
         ITERATIONS=100,
         WARMUP_STEPS=2,
         VAL_LOSS_EVERY=3,
-        LATE_QAT=0,
         NUM_LAYERS=1,
         VE_LAYERS="0",
     )
-    trainer.seconds, starts = dict(step=step, holdout=holdout, calibration=calibration), []
+    trainer.seconds, starts = dict(step=step, calibration=calibration), []
     monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: trainer.now))
 
     def slow_validation():
@@ -108,29 +91,25 @@ def test_training_average_and_calibration_fit_under_the_cap(
         starts.append(trainer.now)
         return T.Score()
 
-    trainer.run(slow_validation, LIMIT)
+    trainer.run(slow_validation)
     assert len(trainer.measured) == 2 + steps
     assert len(starts) == len({*range(0, steps, 3), steps})  # validated so often, and it did not count:
-    training = (
-        trainer.now - 2 * (step + holdout + calibration) - 1000 * len(starts)
-    )  # all but warm-up and validation
-    assert training == steps * step + 2 * holdout + calibration  # two candidates were measured
+    training = trainer.now - 2 * calibration - 2 * step - 1000 * len(starts)  # no warm-up, no validation
+    assert training == steps * step + calibration
     if steps > 1:
-        assert (
-            training <= cap < training + step + holdout + calibration
-        )  # (a part of what is kept free is a reserve)
+        assert training <= cap < training + step + calibration  # (a part of what is kept free is a reserve)
 
 
 def test_a_loss_that_is_not_finite_ends_training(folder):
     trainer = trainer_of(folder)
     trainer.model.register_forward_hook(lambda model, args, nll: nll / (len(trainer.measured) < 2))
     with pytest.raises(T.RunError, match="^step 3: loss inf, gradient norm nan; lower the learning rates$"):
-        trainer.run(validate, LIMIT)
+        trainer.run(validate)
 
 
 def test_iterations_end_a_run_without_a_cap(folder):
     trainer = trainer_of(folder, ITERATIONS=3)
-    trainer.run(validate, LIMIT)
+    trainer.run(validate)
     assert len(trainer.measured) == 3
 
 
@@ -138,7 +117,7 @@ def test_iterations_end_a_run_without_a_cap(folder):
 
 
 def multiplier(s, step, elapsed=0, budget=math.inf):
-    return T.lr_multiplier(T.warmdown_left(step, s, elapsed, budget), s)
+    return max(T.warmdown_left(step, s, elapsed, budget), s.min_lr)
 
 
 def test_learning_rate_multiplier_by_time():
@@ -195,7 +174,7 @@ def test_loops_and_longer_pieces_begin_at_their_share_of_steps_or_of_time(folder
     trainer = trainer_of(folder, Planned, **extra | limit)
     trainer.steps_as = []
     monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: trainer.now))
-    trainer.run(validate, LIMIT)
+    trainer.run(validate)
     loops, pieces = zip(*trainer.steps_as, strict=True)
     assert loops == (True, False) + (False,) * 3 + (True,) * 5
     assert pieces == (24, 8) + (8, 8, 16, 16, 16, 24, 24, 24)
@@ -222,7 +201,7 @@ def test_muon_momentum_rises_linearly():
 def test_the_decay_of_the_average_rises_to_its_setting():
     s = settings(EMA_DECAY=0.7)
     at = [T.ema_decay(step, s) for step in (0, 1, 8, 20, 21, 999)]
-    assert at == pytest.approx([1 / 10, 2 / 11, 1 / 2, 0.7, 0.7, 0.7])
+    assert at == pytest.approx([1 / 25, 2 / 26, 9 / 33, 21 / 45, 22 / 46, 0.7])
 
 
 class Snapshots(T.Hooks):
@@ -236,23 +215,21 @@ class Snapshots(T.Hooks):
 
 
 def test_the_average_is_that_of_a_plain_loop(folder):
-    trainer = trainer_of(folder, hooks=Snapshots(), EMA_DECAY=0.3, LATE_QAT=0)
+    trainer = trainer_of(folder, hooks=Snapshots(), EMA_DECAY=0.3)
     ema = snapshot(trainer.weights)
-    trainer.run(validate, LIMIT)
+    trainer.run(validate)
     for step, weights in enumerate(trainer.run_of.hooks.weights):
-        decay = min(0.3, (1 + step) / (10 + step))
+        decay = min(0.3, (1 + step) / (25 + step))
         ema = [decay * e + (1 - decay) * w for e, w in zip(ema, weights, strict=True)]
     assert len(trainer.run_of.hooks.weights) == 8
-    for found, expected in zip(trainer.ema, ema, strict=True):
+    for found, expected in zip(trainer.weights, ema, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-class Choosing(Trainer):
-    """Notes its last step's weights."""
-
-    def choose(self):
-        self.last = snapshot(self.weights)
-        super().choose()
+def test_without_an_average_the_last_steps_weights_are_the_result(folder):
+    trainer = trainer_of(folder, hooks=Snapshots(), EMA_ENABLED=0)
+    trainer.run(validate)
+    assert same(trainer.weights, trainer.run_of.hooks.weights[-1])
 
 
 class Events(T.Hooks):
@@ -268,54 +245,11 @@ class Events(T.Hooks):
         return [values[key] for event, values in self.events if event == name]
 
 
-@pytest.mark.parametrize("extra, names", [(dict(), ["raw", "ema"]), (dict(EMA_ENABLED=0), ["raw"])], ids=str)
-def test_only_what_is_enabled_is_a_candidate(folder, extra, names):
-    trainer = trainer_of(folder, Choosing, Events(), ITERATIONS=2, LATE_QAT=0, **extra)
-    trainer.run(validate, LIMIT)
-    logged = trainer.run_of.hooks
-    losses = dict(zip(logged.of("average", "average"), logged.of("average", "holdout_loss"), strict=True))
-    assert list(losses) == names
-    assert logged.of("chosen", "average") == [min(losses, key=losses.get)]
-    assert trainer.holdout_loss() == pytest.approx(min(losses.values()), rel=1e-6)
-
-
-@pytest.mark.parametrize("best", ["raw", "ema"])
-def test_what_has_the_least_holdout_loss_is_exported(folder, best):
-    trainer = trainer_of(folder, hooks=Events())
-    given = [snapshot(random_model(trainer.s, seed).parameters()) for seed in (0, 1)]
-
-    def holdout_loss(weights):
-        T.copy_weights(trainer.weights, weights)
-        return trainer.holdout_loss()
-
-    given.sort(key=holdout_loss, reverse=best == "ema")
-    losses = [holdout_loss(weights) for weights in given]
-    T.copy_weights(trainer.weights, given[0])
-    trainer.ema = given[1]
-    trainer.choose()
-    assert same(trainer.weights, given[best == "ema"])
-    assert trainer.run_of.hooks.of("average", "holdout_loss") == losses
-
-
-def test_weights_whose_holdout_loss_is_no_number_are_not_exported(folder):
-    trainer = trainer_of(folder)
-    trainer.model.tok_emb.data.fill_(math.nan)
-    trainer.choose()
-    assert same(trainer.weights, trainer.ema)
-    trainer.ema[0].fill_(math.nan)
-    T.copy_weights(trainer.weights, trainer.ema)
-    with pytest.raises(T.RunError, match="^no held-out loss is finite$"):
-        trainer.choose()
-
-
-def test_holdout_is_not_trained_on(folder):
-    trainer = trainer_of(folder, HOLDOUT_TOKENS=200)
-    tokens = T.read_stream(T.open_shards(folder, "train"), 0, 7000).tolist()
-    length = len(trainer.holdout_tokens)
-    assert length == 200 // 16 * 16 + 1  # whole sequences
-    assert trainer.holdout_tokens.tolist() == tokens[-length:]
-    assert sum(map(len, trainer.shards)) == 7000 - length
-    assert T.read_stream(trainer.shards, 0, 14000).tolist() == (tokens[:-length] * 3)[:14000]
+def test_the_quantizer_is_calibrated_by_the_first_whole_sequences(folder):
+    trainer = trainer_of(folder, CALIBRATION_TOKENS=200)
+    tokens = T.read_stream(T.open_shards(folder, "train"), 0, 200 // 16 * 16 + 1).tolist()
+    assert trainer.calibration_tokens.tolist() == tokens and sum(map(len, trainer.shards)) == 7000
+    assert len(trainer_of(folder, CALIBRATION_TOKENS=1).calibration_tokens) == 17
 
 
 # State
@@ -337,50 +271,43 @@ class Kept(T.Hooks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step, extra",
-    [(0, {}), (3, {}), (8, {}), (5, FRONTIER | dict(LATE_QAT=1))],
-    ids=["0", "3", "8", "frontier"],
+    "step, extra", [(0, {}), (3, {}), (8, {}), (5, FRONTIER)], ids=["0", "3", "8", "frontier"]
 )
 def test_training_goes_on_from_its_state_as_if_it_had_not_ended(folder, step, extra):
-    """Weights, momenta, average and the rounding are carried over; a trainer of another seed holds none
-    of them before."""
-    extra, kept = extra | dict(LATE_QAT_THRESHOLD=0.8), Kept(step)
-    whole = trainer_of(folder, Choosing, kept, **extra)
-    calibrations = [whole.run(validate, LIMIT)]
-    again = trainer_of(folder, Choosing, Kept(state=kept.state), SEED=7, **extra)
-    calibrations.append(again.run(validate, LIMIT))
+    """Weights, momenta and average are carried over; a trainer of another seed holds none of them before."""
+    kept = Kept(step)
+    whole = trainer_of(folder, hooks=kept, **extra)
+    calibrations = [whole.run(validate)]
+    again = trainer_of(folder, hooks=Kept(state=kept.state), SEED=7, **extra)
+    calibrations.append(again.run(validate))
     assert (again.done, len(again.measured)) == (8, 8 - step)
     assert same(again.measured, whole.measured[step:]) and same(again.weights, whole.weights)
-    assert same(again.last, whole.last) and same(again.ema, whole.ema)
+    assert same(again.ema, whole.ema)
     for parts in (lambda c: c.moments, lambda c: c.fisher):
         one, other = map(parts, calibrations)
         assert same(other.values(), one.values())
-    assert again.knob == whole.knob and same(again.steps.values(), whole.steps.values())
     assert kept.state["done"] == step and again.elapsed > kept.state["elapsed"] * (step < 8)
 
 
-@pytest.mark.parametrize("extra, passes", [({}, 3), (dict(EMA_ENABLED=0), 2)])
-def test_the_time_that_is_kept_is_that_of_the_candidates(folder, monkeypatch, extra, passes):
-    """A pass over the held-out text for each, one to spare, and one and a half calibrations; as measured on a
-    part of the text if it is long, for a CPU."""
-    trainer, now, read = trainer_of(folder, WARMUP_STEPS=0, HOLDOUT_TOKENS=640, **extra), [0.0], []
+def test_the_time_that_is_kept_is_that_of_the_calibration(folder, monkeypatch):
+    """One and a half; as measured on a part of the text if it is long, for a CPU."""
+    trainer, now, read = trainer_of(folder, WARMUP_STEPS=0, CALIBRATION_TOKENS=640), [0.0], []
 
-    def pass_over(part, seconds):
+    def calibrate(part):
         read.append(part - 1)
-        now[0] += seconds * (part - 1)
+        now[0] += 100 * (part - 1)
 
     monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    trainer.holdout_loss, trainer.calibrate = partial(pass_over, seconds=1), partial(pass_over, seconds=100)
-    assert trainer.warm_up() == 640 * (passes + 150) and set(read) == {640}
+    trainer.calibrate = calibrate
+    assert trainer.warm_up() == 640 * 150 and set(read) == {640}
     monkeypatch.setattr(T, "WARM_UP_TOKENS", 50)
     read.clear()
-    assert trainer.warm_up() == pytest.approx(640 * (passes + 150)) and set(read) == {48}
+    assert trainer.warm_up() == pytest.approx(640 * 150) and set(read) == {48}
 
 
-def test_a_part_of_the_held_out_tokens_is_its_beginning(folder):
-    trainer, first = (trainer_of(folder, HOLDOUT_TOKENS=640) for _ in range(2))
-    first.holdout_tokens = first.holdout_tokens[:97]
-    assert trainer.holdout_loss(97) == first.holdout_loss() != trainer.holdout_loss()
+def test_a_part_of_the_tokens_to_calibrate_by_is_its_beginning(folder):
+    trainer, first = (trainer_of(folder, CALIBRATION_TOKENS=640) for _ in range(2))
+    first.calibration_tokens = first.calibration_tokens[:97]
     found, whole = trainer.calibrate(97), first.calibrate()
     assert all(torch.equal(found.moments[name], m) for name, m in whole.moments.items())
 
@@ -388,7 +315,6 @@ def test_a_part_of_the_held_out_tokens_is_its_beginning(folder):
 def test_a_steps_gradients_are_those_of_all_spans_at_once(folder):
     """The cast matrices are leaves: gradients are added up there and go through the cast once."""
     trainer = trainer_of(folder, TRAIN_BATCH_TOKENS=512)
-    start_qat(trainer)
     with trainer.loader() as spans:
         spans = next(spans)
     found, whole = {}, trainer.model
@@ -398,7 +324,7 @@ def test_a_steps_gradients_are_those_of_all_spans_at_once(folder):
     trainer.train_step(spans, 1.0, 0.9)
     whole.zero_grad()
     x, y = spans[:, :-1].reshape(-1, 16).long(), spans[:, 1:].reshape(-1, 16).long()
-    (whole(x, y, whole.matrices(trainer.steps)).sum() / 512).backward()
+    (whole(x, y, whole.matrices()).sum() / 512).backward()
     for name, p in whole.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -451,49 +377,6 @@ def test_a_clock_goes_on_and_leaves_out_what_is_subtracted(monkeypatch):
     again.load_state_dict(clock.state_dict())
     now[0] += 1
     assert again.seconds() == clock.seconds() == 5
-
-
-# Late QAT
-
-
-@pytest.mark.parametrize("threshold, rounded_steps", [(0, 0), (0.3, 2), (1, 7)])
-def test_qat_rounds_from_its_threshold_on_to_fixed_steps(folder, threshold, rounded_steps):
-    trainer, steps = trainer_of(folder, LATE_QAT_THRESHOLD=threshold), []
-
-    def note(model, args):
-        if torch.is_grad_enabled():
-            up = trainer.model.up_bank.detach()
-            if trainer.steps is not None:
-                step = trainer.steps["up_bank"]
-                up = (up / step).round() * step
-            assert torch.equal(args[2].up, up)
-            steps.append((trainer.done, trainer.steps))
-
-    trainer.model.register_forward_pre_hook(note)
-    trainer.run(validate, LIMIT)
-    training = {done: used for done, used in steps if used is not None}
-    assert len(training) == rounded_steps and all(used is trainer.steps for used in training.values())
-    assert {done for done, _ in steps} == set(range(8))
-    assert trainer.knob == 1 and trainer.steps.keys() == trainer.model.quantized().keys()
-
-
-def test_every_step_under_qat_uses_rounded_matrices_and_moves_the_unrounded_weights(folder):
-    trainer = trainer_of(folder, MATRIX_LR=1e-4, WARMUP_STEPS=0)
-    trainer.fix_steps(trainer.calibrate().fisher, LIMIT)
-    trainer.steps = {name: 8 * step for name, step in trainer.steps.items()}
-    used = []
-    trainer.model.register_forward_pre_hook(
-        lambda model, args: used.append([m.detach().clone() for m in args[2]])
-    )
-    before = trainer.model.up_bank.detach().clone()
-    with trainer.loader() as spans:
-        trainer.train_step(next(spans), 1.0, 0.9)
-    up = used[0][2]
-    assert torch.equal(
-        up, (before / trainer.steps["up_bank"]).round() * trainer.steps["up_bank"]
-    ) and not torch.equal(up, before)
-    moved = trainer.model.up_bank - before
-    assert 0 < moved.abs().max() < 0.01  # from where they were, not from where they were rounded to
 
 
 # Optimizers

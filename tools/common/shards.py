@@ -1,15 +1,27 @@
-"""Writing token shards as train_gpt.Shard reads them, and stating what validation holds."""
+"""Token shards: writing them, stating what validation holds, and refusing whose bytes cannot be counted."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 
 import train_gpt as T
 
 STATED = "fineweb_val.json"  # beside validation shards: their tokens and bytes
 PART = 2**22  # tokens whose bytes are counted at once
+
+
+def check_spaces(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
+    """Raises RunError for a tokenizer whose spaces' bytes cannot be told from tokens alone."""
+    fault = ""
+    if tokenizer.piece_to_id(T.SPACES[0]) == tokenizer.unk_id():
+        fault = "has no piece of one space (U+2581)"
+    if tokenizer.normalize("a").endswith(T.SPACES):
+        fault = "adds a space behind each text"
+    if fault:
+        raise T.RunError(f"{name}: {fault}, so that its bytes cannot be counted")
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:

@@ -37,7 +37,7 @@ import torch
 
 import train_gpt as T
 from tools.common.cli import Parser, ends_in_one_line
-from tools.common.shards import STATED, state, write_shard
+from tools.common.shards import STATED, check_spaces, state, write_shard
 from train_gpt import RunError
 
 SPLITS = ("val", "train")
@@ -67,7 +67,7 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         )
     if tokenizer.bos_id() < 0:
         raise RunError(f"tokenizer {path}: has no BOS id, which has to lead every document")
-    T.check_spaces(tokenizer, f"tokenizer {path}")
+    check_spaces(tokenizer, f"tokenizer {path}")
     return tokenizer
 
 

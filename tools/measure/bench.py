@@ -405,7 +405,7 @@ def trainer_of(bench: Bench) -> Iterator[T.Trainer]:
     s = bench.s
     with nullcontext(s.data_path) if bench.shards else tempfile.TemporaryDirectory() as folder:
         if not bench.shards:
-            count = max(4 * (s.train_batch_tokens + T.SPANS), 4 * s.holdout_tokens + 4)
+            count = max(4 * (s.train_batch_tokens + T.SPANS), s.calibration_tokens + 4)
             tokens = np.random.default_rng(s.seed).integers(s.vocab_size, size=count)
             write_shard(Path(folder) / "fineweb_train_000000.bin", tokens)
         run = T.Run(replace(s, data_path=folder), bench.device)
@@ -426,11 +426,7 @@ def bench_train(bench: Bench) -> Figures:
         def run() -> Figures:
             trainer.optimizers = MarkedOptimizers(trainer.model, s)
             found = measure(step, bench, s.train_batch_tokens, 3 * flop * s.train_batch_tokens)
-            syncs = {"step": host_syncs(step, bench)}
-            (seconds,) = timed(lambda: start_qat(trainer), 1, bench.device)
-            qat_ms = spread(timed(step, T.ceil_div(bench.steps, 4), bench.device))
-            syncs["step with late QAT"] = host_syncs(step, bench)
-            return found | {"qat_start_seconds": seconds, "qat_ms": qat_ms, "host_syncs": syncs}
+            return found | {"host_syncs": {"step": host_syncs(step, bench)}}
 
         return after_warm_up(trainer.warm_up, run, bench) | {"formula": f"3 x ({formula})"}
 
@@ -533,11 +529,6 @@ def factors_of(moments: dict[str, Tensor]) -> dict[str, T.Factor]:
     return {name: T.factor(m.clone()) for name, m in moments.items()}
 
 
-def start_qat(trainer: T.Trainer) -> None:
-    """Do what Trainer.run() does when late QAT begins."""
-    trainer.fix_steps(trainer.calibrate().fisher, trainer.s.artifact_limit)
-
-
 def bench_artifact(bench: Bench) -> Figures:
     """Measure calibrating, fitting the size limit, quantizing, packing and unpacking random weights, for each
     process.
@@ -554,8 +545,14 @@ def bench_artifact(bench: Bench) -> Figures:
     with trainer_of(bench) as trainer:
         weights = trainer.model.state_dict()
         moments, fisher = stage("calibrate", trainer.calibrate)
-        stage("fit", lambda: trainer.fix_steps(fisher, s.artifact_limit))
-        stored = stage("quantize", lambda: T.quantize(weights, trainer.steps, factors_of(moments)))
+        base = T.base_steps(trainer.model, fisher)
+
+        def size(knob: float) -> float:
+            return T.estimate_bytes(T.quantize(weights, T.scaled(base, knob)))
+
+        knob = stage("fit", lambda: T.fit_knob(trainer.model, size, s.artifact_limit, 1.0))
+        steps = T.scaled(base, knob)
+        stored = stage("quantize", lambda: T.quantize(weights, steps, factors_of(moments)))
         data = stage("pack", lambda: T.pack_artifact(s, "0" * 64, stored))
         stage("unpack", lambda: T.dequantize(T.unpack_artifact(data, "in memory").stored))
     return {
@@ -585,11 +582,6 @@ def time_row(what: str, ms: dict[str, float], remark: str = "") -> list[str]:
 def step_rows(found: Figures) -> list[list[str]]:
     """Returns the rows on the time of a step and where it goes."""
     rows = [time_row(STEPS[found["bench"]], found["ms"], f" of {found['steps']}")]
-    if "qat_ms" in found:
-        rows += [
-            time_row("step with late QAT", found["qat_ms"]),
-            ["start of late QAT", f"{found['qat_start_seconds']:.2f} s", ""],
-        ]
     speed = f"{found['tokens_per_second']:,.0f}"
     rows += [["tokens per second", speed, f"{found['tokens_per_step']:,} at a time"]]
     for part, seconds in found.get("seconds_per_chunk", {}).items():

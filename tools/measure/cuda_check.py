@@ -47,7 +47,7 @@ from tools.common.tables import table
 BANDWIDTH, PEAK = 3.0e12, 790e12  # bytes/s and FLOP/s that an H100 reaches
 SHARED_MEMORY = 232448  # bytes that a kernel may ask for
 INSTALL = "python -m venv cuda && cuda/bin/pip install torch==2.14.1 numpy sentencepiece (5.5 GB)"
-PIECES = ("step", "qat", "calibrate", "score", "ttt", "stream")
+PIECES = ("step", "calibrate", "score", "ttt", "stream")
 TRIGONOMETRY = re.compile(r"(?:tl_math|libdevice|tl|math)\.(cos|sin|pow)\b")
 
 # -------
@@ -670,7 +670,6 @@ class Program:
         """Gives the passes in the order in which a run does them."""
         spans, length = (self.spans.size(0), self.spans.size(1) - 1)
         yield Piece(f"training step, {spans} x {length:,} tokens", "step", self.step)
-        yield Piece("training step, late QAT", "qat", self.step_rounded)
         yield Piece("calibration, 4 sequences a rank", "calibrate", self.calibration(), may_wait=True)
         yield Piece("sliding windows, 256 a rank", "score", self.windows())
         yield Piece("TTT in windows, a chunk, one epoch", "ttt", self.ttt())
@@ -694,12 +693,6 @@ class Program:
     def step(self) -> None:
         """Take a training step."""
         self.trainer.train_step(self.spans, 1.0, 0.95)
-
-    def step_rounded(self) -> None:
-        """Take a training step with rounded banks."""
-        steps = {name: torch.ones_like(w[..., :1]) for name, w in self.model.quantized().items()}
-        with patch.object(self.trainer, "steps", steps):
-            self.step()
 
     def calibration(self) -> Callable[[], object]:
         """Returns the calibration on few tokens."""

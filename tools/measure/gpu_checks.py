@@ -76,7 +76,7 @@ DRY = Size(
         "TRAIN_BATCH_TOKENS": 1024,
         "ITERATIONS": 3,
         "WARMUP_STEPS": 2,
-        "HOLDOUT_TOKENS": 256,
+        "CALIBRATION_TOKENS": 256,
         "EVAL_SEQ_LEN": 64,
         "VAL_BATCH_SIZE": 4096,
         "TTT_CHUNK_TOKENS": 1024,

@@ -27,7 +27,6 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +136,8 @@ def prepare(args: argparse.Namespace) -> Subject:
     s, device = weights.settings(os.environ), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tables, fingerprint = tables_on(device, s)
     model = weights.model(FullPrecision(s, device), fingerprint)
-    _, holdout = T.split_holdout(T.open_shards(s.data_path, "train"), s.holdout_tokens, s.train_seq_len)
-    held = T.check_ids(holdout, s.vocab_size, "held-out tail of the last train shard")
+    first = T.read_stream(T.open_shards(s.data_path, "train"), 0, s.calibration_tokens + 1)
+    held = T.check_ids(first, s.vocab_size, "first train shard")
     tokens, window = T.validation_tokens(s.data_path, s.vocab_size, s.eval_seq_len), s.eval_seq_len
     count = min(args.tokens, len(tokens) - 1) // window * window
     if count < 2 * window:
@@ -418,13 +417,12 @@ def draw(rows: list[Row]) -> bytes:
 
 
 def artifact_of(subject: Subject, calibration: T.Calibration) -> bytes:
-    """Returns the artifact of unrounded weights, as it is when late QAT has not fixed other steps."""
+    """Returns the artifact of unrounded weights."""
     model, s = subject.model, subject.model.s
-    trained = SimpleNamespace(model=model, base=T.base_steps(model, calibration.fisher), knob=1.0)
     copied = T.Calibration({name: m.clone() for name, m in calibration.moments.items()}, calibration.fisher)
     limit = s.artifact_limit - Path(T.__file__).stat().st_size
     with redirect_stdout(sys.stderr):
-        return T.export(subject.run(), trained, subject.fingerprint, copied, limit)
+        return T.export(subject.run(), model, subject.fingerprint, copied, limit)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -4,10 +4,10 @@
     python -m tools.measure.same_results HEAD~3 streaming resumed     # only these cases
 
 "Here" is the working tree, committed or not: train_gpt.py with its tools/. Compared are, as text, the losses
-of each step, validations, the averages' held-out losses and which was chosen, when rounding and averaging
-began and the knob they led to, the exact scores of all stages and the chunks of TTT. The artifacts' bytes are
-compared for a remark only, since they also hold the settings, to which a revision may add. All cases take two
-to three minutes on two cores. The status is 1 if anything differs.
+of each step, validations, the knob of the quantizer, the exact scores of all stages, the chunks of TTT and
+what the audit found. The artifacts' bytes are compared for a remark only, since they also hold the settings,
+to which a revision may add. All cases take two to three minutes on two cores. The status is 1 if anything
+differs.
 """
 
 import hashlib
@@ -62,8 +62,7 @@ SETTINGS = {
     "MAX_WALLCLOCK_SECONDS": 0,
     "VAL_LOSS_EVERY": 5,
     "TRAIN_LOG_EVERY": 1,
-    "HOLDOUT_TOKENS": 1024,
-    "LATE_QAT": 0,
+    "CALIBRATION_TOKENS": 1024,
     "EVAL_SEQ_LEN": 64,
     "EVAL_STRIDE": 16,
     "VAL_BATCH_SIZE": 16384,
@@ -92,19 +91,18 @@ CASES = {
     "sgd": Case({"TTT_MUON": 0}),
     "streaming": Case(STREAMING | {"TTT_EPOCHS": 2, "TTT_DECAY": 0.01}),
     "streaming_2": Case(STREAMING | {"TTT_MUON": 0}, processes=2),
-    "qat": Case({"LATE_QAT": 1, "LATE_QAT_THRESHOLD": 0.3, "AUDIT": 1}),
+    "audited": Case({"AUDIT": 1}),
     "plain": Case(NO_EXTRAS),
     "tight": Case({"TTT_ENTROPY_ADAPT": 0}, room=110_000),
     "resumed": Case(
-        {"LATE_QAT": 1, "LATE_QAT_THRESHOLD": 0.3, "CHECKPOINT_EVERY": 0.001, "RESUME": "auto"},
-        kills=("checkpoint step:", "checkpoint chunk:"),
+        {"CHECKPOINT_EVERY": 0.001, "RESUME": "auto"}, kills=("checkpoint step:", "checkpoint chunk:")
     ),
 }
 
 # What a line is about, and its digits
 COMPARED = re.compile(
-    r"(?P<what>step:\d+/\d+ (?:train|val)_loss|average average:\w+ holdout_loss|chosen average|swa step"
-    r"|late_qat step|quantized knob|\w+_exact val_loss|ttt_chunk \S+ bpb|audit violations)"
+    r"(?P<what>step:\d+/\d+ (?:train|val)_loss|quantized knob|\w+_exact val_loss|ttt_chunk \S+ bpb"
+    r"|audit violations)"
     r"[:=](?P<digits>\S+(?: (?:val_bpb|knob):\S+)?)"
 )
 

@@ -67,7 +67,8 @@ def curves(events: list[dict]) -> dict:
 
     Arrays have a row for each point: loss_by_time (training seconds, nats per token), loss_by_tokens (tokens,
     nats per token), multiplier (step, share of the peak learning rate), validations (step, bits per byte),
-    ttt (share of the text scored, bits per byte so far). Dicts: moments (steps at which SWA and QAT began),
+    ttt (share of the text scored, bits per byte so far). Dicts: experts (name and score: mean weights in
+    parts of the text), moments (the step at which SWA began),
     scores (bits per byte after each stage), training, scoring and outside (seconds in each part; outside is
     in no limit), size (bytes in each part). steps: the last one told of. without_ttt: bits per byte of the
     stage before TTT.
@@ -112,6 +113,7 @@ def curves(events: list[dict]) -> dict:
         },
     }
 
+    swa = latest(events, "swa").get("step")  # of older runs
     size = latest(events, "size")
     artifact, side = size.get("artifact_bytes"), size.get("side_bytes")
     code = size.get("code_bytes", latest(events, "settings").get("code_bytes"))
@@ -128,14 +130,15 @@ def curves(events: list[dict]) -> dict:
         loss_by_tokens=known(np.stack((tokens, loss), 1)),
         multiplier=known(np.stack((step, multiplier), 1)),
         validations=validations,
-        moments={
-            name: latest(events, kind)["step"]
-            for name, kind in (("SWA", "swa"), ("QAT", "late_qat"))
-            if latest(events, kind).get("step") is not None
-        },
+        moments={} if swa is None else {"SWA": swa},
         steps=max(known(np.concatenate((step, validations[:, 0]))[:, None])[:, 0], default=0),
         scores=scores,
         ttt=known(np.stack((chunks[:, 0] / np.maximum(chunks[:, 1], 1), chunks[:, 2]), 1)),
+        experts={
+            f"{event['expert']}: {event['bpb']:.4f}": event["weights"]
+            for event in events
+            if event["event"] == "expert" and event.get("weights")
+        },
         without_ttt=scores[before[-1]] if before else None,
         size={part: count for part, count in whole.items() if count},
         **{name: {part: ms / 1000 for part, ms in found.items() if ms} for name, found in parts.items()},

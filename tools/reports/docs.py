@@ -69,6 +69,26 @@ def ablation_part(paths: list[Path]) -> str:
     return ablation_report([*found.values()])
 
 
+def experts_part(paths: list[Path]) -> str:
+    """Returns single experts and mixtures of files of tools.measure.experts. Raises RunError."""
+    rows = []
+    for path in paths:
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            experts, title = found["experts"], found["title"]
+            best = min(experts, key=lambda expert: expert["bpb"])
+            still = next(expert for expert in experts if expert["expert"] == "lr=0")
+            mixed = sorted(found["mixtures"], key=lambda row: len(row["mix"]))
+            took = sum(experts[k]["seconds"] for k in mixed[-1]["mix"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            raise RunError(f"{path}: no figures of tools.measure.experts") from None
+        alone = [f"{still['bpb']:.4f}", f"{best['bpb']:.4f}", f"`{best['expert']}`"]
+        gains = [f"{row['bpb']:.4f} ({row['bpb'] - best['bpb']:+.4f})" for row in mixed]
+        rows.append([title, *alone, *gains, f"{best['seconds']:.0f}, {took:.0f}"])
+    header = ["model", "not learning", "best alone", "that is", "four mixed", "eight mixed", "seconds"]
+    return table(header, rows)
+
+
 def tools_part(root: Path) -> str:
     """Returns a row for each command in tools/: what the first sentence of its docstring says."""
     rows = []
@@ -273,6 +293,8 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
         "docs/experiments.md",
         lambda root: ablation_part([root / "logs/ablation.json", root / "logs/ablation_seeds.json"]),
     ),
+    "ablation-42": ("docs/experiments.md", lambda root: ablation_part([root / "logs/ablation_42.json"])),
+    "experts": ("docs/experiments.md", lambda root: experts_part(sorted(root.glob("logs/experts_*.json")))),
     "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),
 }
 

@@ -165,6 +165,15 @@ def curve(pages: dict[str, Page], key: str, unit: float = 1.0) -> list[dict[str,
     return traces
 
 
+def weights(page: Page) -> list[dict[str, Any]]:
+    """Returns the weights of an ensemble's experts over the text, stacked."""
+    traces = []
+    for expert, shares in page.curves["experts"].items():
+        x = [(i + 0.5) * 100 / len(shares) for i in range(len(shares))]
+        traces.append({"type": "scatter", "name": expert, "x": x, "y": shares, "stackgroup": "experts"})
+    return traces
+
+
 def level_without_ttt(pages: dict[str, Page]) -> list[dict[str, Any]]:
     """Returns dotted lines: the score of the stage before TTT."""
     traces = []
@@ -187,26 +196,25 @@ def level_without_ttt(pages: dict[str, Page]) -> list[dict[str, Any]]:
 
 
 def moments(pages: dict[str, Page]) -> list[dict[str, Any]]:
-    """Returns markers where SWA and QAT begin, on the learning rate."""
+    """Returns markers where SWA begins, on the learning rate."""
     traces = []
     for (colour, _, _), (name, page) in zip(LOOKS, pages.items(), strict=False):
         rate = page.curves["multiplier"]
-        for what, symbol in (("SWA", "triangle-up"), ("QAT", "square")):
-            step = page.curves["moments"].get(what)
-            if step is not None:
-                height = float(np.interp(step, *rate.T)) if len(rate) else 0.0
-                look = {"color": colour, "symbol": symbol, "size": 12, "line": {"color": "black", "width": 1}}
-                title = f"{name}, {what} begins"
-                traces.append(
-                    {
-                        "type": "scatter",
-                        "name": title,
-                        "x": [step],
-                        "y": [height],
-                        "mode": "markers",
-                        "marker": look,
-                    }
-                )
+        step = page.curves["moments"].get("SWA")
+        if step is not None:
+            height = float(np.interp(step, *rate.T)) if len(rate) else 0.0
+            edge = {"color": "black", "width": 1}
+            look = {"color": colour, "symbol": "triangle-up", "size": 12, "line": edge}
+            traces.append(
+                {
+                    "type": "scatter",
+                    "name": f"{name}, SWA begins",
+                    "x": [step],
+                    "y": [height],
+                    "mode": "markers",
+                    "marker": look,
+                }
+            )
     return traces
 
 
@@ -311,6 +319,10 @@ def charts_part(pages: dict[str, Page]) -> str:
         ("Learning rate", rates, ("steps", "share of the peak"), "multiplier"),
         ("TTT: score so far", ttt + level_without_ttt(pages), ("validation text scored (%)", bits), "ttt"),
     ]
+    for name, page in pages.items():
+        if page.curves["experts"]:
+            title = f"TTT: experts' weights in {name}"
+            charts.append((title, weights(page), ("validation text scored (%)", "share"), "experts"))
     if any(len(page.curves["validations"]) > 2 for page in pages.values()):
         traces = curve(pages, "validations")
         charts.append(("Validation while training", traces, ("steps", bits), "validations"))

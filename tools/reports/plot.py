@@ -71,46 +71,32 @@ def draw_lines(axes: "Axes", runs: dict[str, dict], key: str, x_unit: float = 1)
 
 
 def draw_multiplier(axes: "Axes", runs: dict[str, dict]) -> None:
-    """The learning rates, with SWA's beginning as a triangle and QAT's as a square: on the curve, or at 0
-    without one.
-    """
+    """The learning rates, with a triangle where SWA begins: on the curve, or at 0 without one."""
     from matplotlib.lines import Line2D
 
     unknown = [name for name, run in runs.items() if not len(run["multiplier"]) and not run["moments"]]
     for (colour, line, _), run in zip(LOOKS, runs.values(), strict=False):
         axes.plot(*run["multiplier"].T, linestyle=line, color=colour, linewidth=1.4)
-        for name, shape in (("SWA", "^"), ("QAT", "s")):
-            if name in run["moments"]:
-                step = run["moments"][name]
-                height = np.interp(step, *run["multiplier"].T) if len(run["multiplier"]) else 0
-                axes.plot(
-                    step,
-                    height,
-                    shape,
-                    color=colour,
-                    markeredgecolor="black",
-                    markersize=8,
-                    clip_on=False,
-                    zorder=3,
-                )
+        if "SWA" in run["moments"]:
+            step = run["moments"]["SWA"]
+            height = np.interp(step, *run["multiplier"].T) if len(run["multiplier"]) else 0
+            axes.plot(
+                step,
+                height,
+                "^",
+                color=colour,
+                markeredgecolor="black",
+                markersize=8,
+                clip_on=False,
+                zorder=3,
+            )
     axes.set(xlim=(0, max(1, *(run["steps"] for run in runs.values()))), ylim=(0, 1.08))
     if not any(len(run["multiplier"]) for run in runs.values()):
         axes.set_yticks([])
-    begun = [
-        (name, shape)
-        for name, shape in (("SWA", "^"), ("QAT", "s"))
-        if any(name in run["moments"] for run in runs.values())
-    ]
-    if begun:
-        axes.legend(
-            [
-                Line2D([], [], linestyle="", marker=shape, color="0.6", markeredgecolor="black", markersize=8)
-                for _, shape in begun
-            ],
-            [f"{name} begins" for name, _ in begun],
-            loc="lower left",
-            fontsize=8,
-        )
+    if any(run["moments"] for run in runs.values()):
+        look = {"linestyle": "", "color": "0.6", "markeredgecolor": "black", "markersize": 8}
+        triangle = Line2D([], [], marker="^", **look)
+        axes.legend([triangle], ["SWA begins"], loc="lower left", fontsize=8)
     partly = [name for name, run in runs.items() if run["moments"] and not len(run["multiplier"])]
     finish(
         axes,
@@ -165,10 +151,24 @@ def draw_scores(axes: "Axes", runs: dict[str, dict]) -> None:
     )
 
 
+def draw_weights(axes: "Axes", runs: dict[str, dict]) -> None:
+    """The weights of the first ensemble's experts over the text, stacked."""
+    name, experts = next((name, run["experts"]) for name, run in runs.items() if run["experts"])
+    parts = len(next(iter(experts.values())))
+    axes.stackplot((np.arange(parts) + 0.5) * 100 / parts, *experts.values(), labels=list(experts))
+    axes.set(xlim=(0, 100), ylim=(0, 1))
+    axes.legend(loc="lower left", fontsize=8, title="expert: bits per byte", title_fontsize=8, reverse=True)
+    others = [other for other, run in runs.items() if not run["experts"]]
+    title = "TTT: experts' weights" + (f" of {name}" if len(runs) > 1 else "")
+    finish(axes, title, "validation text scored (%)", "share", others, len(runs))
+
+
 def draw_ttt(axes: "Axes", runs: dict[str, dict]) -> None:
-    """Running scores, and as dotted lines the score of the stage before."""
+    """Running scores, and as dotted lines the score of the stage before; of an ensemble the weights."""
     from matplotlib.lines import Line2D
 
+    if any(run["experts"] for run in runs.values()):
+        return draw_weights(axes, runs)
     unknown = draw_lines(axes, runs, "ttt", 0.01)
     without = [
         (look[0], run["without_ttt"])
@@ -195,7 +195,9 @@ def draw_ttt(axes: "Axes", runs: dict[str, dict]) -> None:
         )
     if len(unknown) < len(runs):
         axes.set_xlim(0, 100)
-    finish(axes, "TTT: score so far", "validation text scored (%)", "bits per byte", unknown, len(runs))
+    return finish(
+        axes, "TTT: score so far", "validation text scored (%)", "bits per byte", unknown, len(runs)
+    )
 
 
 def draw_bars(

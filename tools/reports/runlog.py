@@ -66,7 +66,7 @@ NUMBERS = {
 
 NAMES = "|".join(sorted(TEXTS | NUMBERS))
 PLAIN = re.compile(
-    rf"(machine|data|warming_up|warm_up|swa|late_qat|average|chosen|trained|quantized|compiled|progress|"
+    rf"(machine|data|warming_up|warm_up|swa|average|chosen|trained|quantized|compiled|progress|"
     rf"checkpoint|resumed|audit|error)((?: (?:{NAMES}):.*)+)"
 )  # an event's name, then name:value of its values
 N = r"(\d+(?:\.\d+)?)"
@@ -88,7 +88,6 @@ LINES = [
             rf"val_bpb:(?P<val_bpb>{N}){TIMES}\b.*",
         ),
         ("swa", r"swa:start step:(?P<step>\d+)\b.*"),
-        ("late_qat", r"late_qat:enabled step:(?P<step>\d+)\b.*"),
         (
             "trained",
             rf"stopping_early: wallclock_cap train_time:(?P<train_time>{N})ms step:(?P<steps>\d+)/\d+",
@@ -327,7 +326,7 @@ def events_of_json(text: str, name: str, strict: bool) -> list[Event]:
 
 
 # What a run that was resumed at a step or a chunk does over again
-REPEATED = {"step": ("step", "validation", "swa", "late_qat"), "chunk": ("ttt_chunk",)}
+REPEATED = {"step": ("step", "validation", "swa"), "chunk": ("ttt_chunk",)}
 
 
 def without_repeats(events: list[Event]) -> list[Event]:
@@ -473,7 +472,8 @@ def run_of(events: list[Event], source: str, name: str) -> RunLog:
     processes, hardware, torch, python = find("line on the machine", "machine", *keys)
     (parameters,) = find("number of parameters", "data", "parameters")
     loss, bpb = find("validation after the last step", "validation", "val_loss", "val_bpb")
-    (chosen,) = find("chosen weight average", "chosen", "average")
+    average = "raw" if settings.get("EMA_ENABLED") == "0" else "ema"
+    chosen = latest(events, "chosen").get("average", average)  # older runs chose by held-out loss
     keys = ("steps", "train_time", "with_calibration", "memory")
     steps, train_time, both, peak = find("end of training", "trained", *keys)
     stages = {"training": Stage(loss, bpb, train_time / 1000, round(peak))}

@@ -20,14 +20,14 @@ STAGES = {
     "averaged": (
         "averaged",
         lambda change: change < 0.00005,
-        "of raw weights, EMA and SWA the lowest loss on held-out training text",
-        "chosen by held-out training text, which differs from validation text",
+        "by the exponential average of the weights",
+        "the average lags behind in so short a run: EMA_ENABLED=0",
     ),
     "roundtrip": (
         "artifact",
         lambda change: change < 0.02,
         "what rounding the weights costs",
-        "rounding costs more than it should: late QAT had too few steps",
+        "rounding costs more than it should: the limit is low for so many weights",
     ),
     "sliding": (
         "sliding windows",

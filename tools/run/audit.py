@@ -7,6 +7,8 @@
     reads      Some reads are repeated with all tokens behind a random one replaced: bitwise the same before;
                and with all before its document replaced, if documents are apart: bitwise the same in it.
     chunks     So are some chunks of test-time training, from the weights before them.
+    mixture    Of experts, each checked as a stage by itself, weights follow from the scores before, sum to 1
+               and make the scores that count of those recorded; with other scores behind, bitwise the same.
     bytes      Those of a score are the whole text's; those of some documents are what SentencePiece decodes.
     totals     Score, val_loss and val_bpb are those of what was recorded.
     files      No training shard, nor what else is beside the validation shards, is opened or mapped.
@@ -20,6 +22,7 @@ import copy
 import gc
 import hashlib
 import json
+import math
 import os
 import random
 import secrets
@@ -42,10 +45,11 @@ from torch import Tensor
 import train_gpt as T
 
 BUDGET, DECODING = 0.03, 0.01  # of the time of scoring: for all, for decoding documents
-CHECKS = ("positions", "order", "weights", "sums", "reads", "chunks", "bytes", "totals", "files")
+CHECKS = ("positions", "order", "weights", "sums", "reads", "chunks", "mixture", "bytes", "totals", "files")
 REPEATED = 0.25  # of chunks, and of reads without chunks, while there is time
 PIECE = 4096  # most tokens of a document that are decoded at once
 SUM_TOLERANCE, TOTAL_TOLERANCE = 1e-4, 1e-9  # of a sum of probabilities; of a total, relative
+BLOCKS = 3  # of a mixture that are made again
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of nats, since compiled code rounds otherwise
 MOVED = "the weights changed outside an update"
 FOREIGN = "the weights learn from what is no part of the text that is scored"
@@ -83,14 +87,6 @@ def scored_so_far(ttt: T.TestTimeTraining) -> T.Score:
     """Returns the score of the chunks that are done."""
     sums = [sums for sums, _ in ttt.records]
     return T.Score(*torch.stack(sums).sum(0).tolist()) if sums else T.Score()
-
-
-def gather(value: Any) -> list:
-    """Returns every process's value."""
-    found = [value] * T.world_size()
-    if len(found) > 1:
-        dist.all_gather_object(found, value)
-    return found
 
 
 def is_forbidden(path: str, s: T.Settings) -> bool:
@@ -159,14 +155,15 @@ class Stage(T.Hooks):
     """What one process has recorded of a stage.
 
     Of each target, and of one more that is none: `count` of scores, `nats`, the number of the chunk or
-    update before it was `scored`, and of the update that first `learnt` from it.
+    update before it was `scored`, and of the update that first `learnt` from it. `alone`: an expert's.
     """
 
-    def __init__(self, scorer: T.Scorer) -> None:
+    def __init__(self, scorer: T.Scorer, *, alone: bool = False) -> None:
+        self.alone = alone
         self.tokens, self.targets, device = scorer.tokens, scorer.targets, scorer.tokens.device
         self.model, size = scorer.model, self.targets + 1
         self.count, self.scored = torch.zeros(2, size, dtype=torch.int32, device=device)
-        self.learnt, self.nats = torch.full_like(self.count, 2**31 - 1), torch.zeros(size, device=device)
+        self.learnt, self.nats = torch.full_like(self.count, 2**31 - 1), torch.zeros_like(self.count).double()
         self.number = 0  # of chunks begun and updates made, on all processes
         self.chunks = []  # number, index, epochs of each
         self.before = T.Score()  # of what was scored before the run was resumed
@@ -206,8 +203,12 @@ class Stage(T.Hooks):
             self.fail("positions", "another text is scored")
         index = torch.where(scored, read.at, self.targets).flatten()
         self.count.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
-        self.nats.index_copy_(0, index, read.losses.detach().flatten())
+        self.nats.index_copy_(0, index, read.losses.detach().flatten().double())
         self.scored.index_fill_(0, index, self.number)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Returns a sum over all processes, or this one's own values."""
+        return values.clone() if self.alone else T.all_reduce(values.clone())
 
     def update(self) -> None:
         """Note that the weights learn from what was read since the last update."""
@@ -224,22 +225,22 @@ class Stage(T.Hooks):
         begun = int(self.before.tokens)
         if not torch.equal(self.tokens, text.tokens):
             self.fail("positions", "other text than the validation shards'")
-        count = T.all_reduce(self.count[:-1].clone())
+        count = self.total(self.count[:-1])
         count[:begun] += 1
         self.fail_at("positions", "never scored", count == 0)
         self.fail_at("positions", "scored twice", count > 1)
-        nats = T.all_reduce(self.nats[:-1].sum(dtype=torch.float64)).item()
+        nats = self.total(self.nats[:-1].sum()).item()
         recorded = values_of(T.Score(nats + self.before.nats, int(count.sum()), text.bytes))
         for what, value in values_of(score).items():
             if not abs(value - recorded[what]) <= TOTAL_TOLERANCE * abs(recorded[what]):
                 line = f"{what} of the score are not those recorded"
                 self.fail("totals", f"{line}: {value:.10g}, not {recorded[what]:.10g}")
-        self.made["positions"] = (self.targets - begun) * (T.rank() == 0)
+        self.made["positions"] = (self.targets - begun) * (T.rank() == 0 or self.alone)
 
     def check_order(self) -> list[list]:
         """Returns of each chunk: number, index, how many targets it scores and learns from, epochs."""
-        scored, learnt = T.all_reduce(self.scored[:-1].clone()), self.learnt[:-1]
-        if T.world_size() > 1:
+        scored, learnt = self.total(self.scored[:-1]), self.learnt[:-1]
+        if T.world_size() > 1 and not self.alone:
             dist.all_reduce(learnt, dist.ReduceOp.MIN)
         self.fail_at("order", "adapted on before it was scored", learnt <= scored)
         numbers = [number for number, *_ in self.chunks]
@@ -261,6 +262,8 @@ class Audit(T.Hooks):
         self.s, self.whole_text = s, whole_text
         self.evaluation = self.stage = None  # what is watched; the present Stage
         self.apart = 0.0  # seconds of its own, which are not scoring's
+        self.nats, self.experts = {}, {}  # of each of this rank's experts: what it said, (N,); values
+        self.made = Counter()  # checks of experts
         self.stages, self.failed = {}, []  # values by stage; check and line of violations
 
     @contextmanager
@@ -276,33 +279,38 @@ class Audit(T.Hooks):
         """Returns whether there is time for a check."""
         return self.apart <= BUDGET * (time.perf_counter() - self.start)
 
-    def watched(self) -> Stage | None:
-        """Returns the present stage, begun by what happens first."""
+    def watched(self, ttt: T.TestTimeTraining | None = None) -> Stage | None:
+        """Returns the present stage, begun by what happens first, if that is a chunk, of `ttt`."""
         if self.evaluation is None:
             return None
         if self.stage is None:
             with self.aside():
-                self.stage = Stage(self.evaluation.ttt.mode.scorer)
-                if self.s.resume:
-                    self.stage.before = scored_so_far(self.evaluation.ttt)
+                self.stage = Stage(
+                    self.evaluation.scorer, alone=ttt is not None and bool(ttt.mode.s.ttt_experts)
+                )
+                if ttt is not None:
+                    mode, self.stage.before = ttt.mode, scored_so_far(ttt) if self.s.resume else T.Score()
+                    learnt = range(mode.context_chunks, mode.chunks - 1) or range(mode.chunks)
+                    self.stage.middle = self.choice().choice(learnt)  # a chunk that is learnt from, if any
                 if not self.stage.before.tokens and self.stage.bits != self.bits:
                     self.stage.fail("weights", "the stage does not start from the artifact's weights")
         self.stage.check_weights()
         return self.stage
 
+    def choice(self) -> random.Random:
+        """Returns the source of random numbers that all who take part in the stage have."""
+        return self.own if self.stage.alone else self.shared
+
     def on_scoring(self, evaluation: T.Evaluation) -> None:
         """Begin. Raises RunError, OSError."""
         self.evaluation, self.start, run = evaluation, time.perf_counter(), evaluation.run_of
         with self.aside():
-            self.s, scorer = run.settings, evaluation.ttt.mode.scorer
+            self.s, scorer = run.settings, evaluation.scorer
             self.seed = T.from_rank0(secrets.randbits(32))
             self.shared, self.own = random.Random(self.seed), random.Random(f"{self.seed} {T.rank()}")
             paths = run.artifact_path, Path(T.__file__)  # other nodes lack the first
             data = T.together(lambda: [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths], 1)
             self.hashes = dict(zip(("artifact", "code"), T.from_rank0(data), strict=True))
-            mode = evaluation.ttt.mode
-            learnt = range(mode.context_chunks, mode.chunks - 1) or range(mode.chunks)
-            self.middle = self.shared.choice(learnt)  # a chunk that is learnt from, if any
             self.text, self.bits = Text(self.s, scorer.tables, self.shared), fingerprint(scorer.model)
         files_opened().clear()
 
@@ -318,6 +326,8 @@ class Audit(T.Hooks):
         if stage := self.watched():
             with self.aside(wait=False):
                 stage.on_scores(read, scored, sums)
+            if read.matrices is None:  # of a mixture
+                return
             if not stage.chunks and self.own.random() < REPEATED:
                 stage.due = stage.due or self.affordable()
             if stage.due:
@@ -326,13 +336,13 @@ class Audit(T.Hooks):
 
     def on_chunk_start(self, ttt: T.TestTimeTraining, chunk: int) -> None:
         """Perhaps score the chunk ahead, with another future."""
-        if stage := self.watched():
+        if stage := self.watched(ttt):
             with self.aside(wait=False):
                 stage.number += 1
                 stage.chunks.append([stage.number, chunk, 0])
-                stage.due, chosen = False, stage.made["chunks"] <= (chunk >= self.middle)
-                if self.shared.random() < REPEATED and not chosen:
-                    chosen = T.from_rank0(self.affordable())
+                stage.due, chosen = False, stage.made["chunks"] <= (chunk >= stage.middle)
+                if self.choice().random() < REPEATED and not chosen:
+                    chosen = self.affordable() if stage.alone else T.from_rank0(self.affordable())
             if chosen:
                 with self.aside():
                     self.replay(stage, ttt)
@@ -361,6 +371,65 @@ class Audit(T.Hooks):
                     stage.check_weights(bits=True)
                     stage.replay = None
 
+    def on_expert(self, ttt: T.TestTimeTraining) -> None:
+        """Check what was recorded of an expert."""
+        if stage := self.watched(ttt):
+            with self.aside():
+                (name,) = self.evaluation.ttt.now
+                score = T.Score(*sum(sums for sums, _ in ttt.records).tolist())
+                stage.check_positions(score, self.text)
+                self.experts[name] = values_of(score) | {"chunks": stage.check_order()}
+                self.nats[name] = stage.nats[:-1].cpu()
+                self.nats[name][: int(stage.before.tokens)] = torch.nan  # of before the run was resumed
+                if not {"sums", "chunks"} <= stage.made.keys():
+                    stage.fail("sums", "nothing was checked")
+                self.keep(stage, f"expert {name}")
+                self.made.update(stage.made)
+                self.stage = None
+
+    def on_mixture(self, ensemble: T.Ensemble, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
+        """Check a mixture's weights and scores."""
+        if stage := self.watched():
+            with self.aside():
+                for row, name in zip(losses, ensemble.done, strict=True):
+                    said = self.nats.get(name, row.cpu().double())
+                    wrong = ~said.isnan() & (said != row.cpu().double())
+                    stage.fail_at("mixture", f"scores are not those of expert {name}", wrong)
+                wrong = (weights.sum(dim=0) - 1).abs() > TOTAL_TOLERANCE
+                stage.fail_at("mixture", "weights do not sum to 1", wrong)
+                blocks = range(0, stage.targets, T.BLOCK)
+                for low in self.own.sample(blocks, min(BLOCKS, len(blocks))):
+                    own = slice(low, low + T.BLOCK)
+                    self.check_block(stage, low, losses[:, own], mixed[own], weights[:, own])
+                self.check_future(stage, losses, mixed)
+                stage.made["mixture"] += 1
+
+    def check_block(self, stage: Stage, low: int, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
+        """Make a block's weights and scores again, target by target."""
+        s, number = self.s, len(losses)
+        now = average = np.full(number, 1 / number)
+        for i, column in enumerate(losses.double().T.cpu().numpy()):
+            joint = now * np.exp(-column)
+            right = np.allclose(now, weights[:, i].cpu(), 1e-6, 1e-9)
+            if not right or not math.isclose(-math.log(joint.sum()), mixed[i].item(), rel_tol=1e-9):
+                line = f"weights or scores are not those of past posteriors: from {low + i} on"
+                return stage.fail("mixture", line)
+            posterior = joint / joint.sum()
+            average = average + (posterior - average) / s.ttt_share_tokens
+            now = (1 - s.ttt_share) * posterior + s.ttt_share * average
+        return None
+
+    def check_future(self, stage: Stage, losses: Tensor, mixed: Tensor) -> None:
+        """Mix again with other scores behind a random place in the second quarter."""
+        place = self.own.randint(losses.size(1) // 4, losses.size(1) // 2)
+        others = torch.cat((losses[:, :place], 10 * losses[:, place:].roll(1, dims=0)), dim=1)
+        again, _ = T.mix(others, self.s.ttt_share, self.s.ttt_share_tokens)
+        stage.fail_at("mixture", "a later score was known", again[:place] != mixed[:place])
+
+    def keep(self, stage: Stage, name: str) -> None:
+        """Keep a stage's violations."""
+        self.failed += [(check, f"{name}: {line}") for (check, _), line in stage.failed.items()]
+
     def on_stage(self, name: str, score: T.Score) -> None:
         """Check what was recorded of a stage."""
         if stage := self.watched():
@@ -372,10 +441,13 @@ class Audit(T.Hooks):
                 if stage.chunks:
                     values["chunks"] = stage.check_order()
                 self.check_bytes(stage, score)
-                made = values["checks"] = dict(sum(gather(stage.made), Counter()))
+                if name == "legal_ttt" and self.s.ttt_experts:
+                    values["experts"] = {k: v for own in T.gather(self.experts) for k, v in own.items()}
+                    stage.made.update(self.made)
+                made = values["checks"] = dict(sum(T.gather(stage.made), Counter()))
                 if "sums" not in made and ("chunks" in made or not stage.chunks):
                     stage.fail("sums", "nothing was checked")
-                self.failed += [(check, f"{name}: {line}") for (check, _), line in stage.failed.items()]
+                self.keep(stage, name)
                 self.stage, self.stages[name] = None, values
 
     def on_end(self) -> None:
@@ -448,17 +520,18 @@ class Audit(T.Hooks):
     def replay(self, stage: Stage, ttt: T.TestTimeTraining) -> None:
         """Score a chunk, if of two targets or more, ahead with other tokens behind a random one."""
         mode, learner, chunk, first = ttt.mode, ttt.learner, stage.chunks[-1][1], ttt.mode.context_chunks
-        low, end = int(scored_so_far(ttt).tokens), (chunk + 1 - first) * self.s.ttt_chunk_tokens
+        low, end = int(scored_so_far(ttt).tokens), (chunk + 1 - first) * mode.s.ttt_chunk_tokens
         high = min(first * mode.scorer.window + end, stage.targets)  # a last window may score some more
         if high - low < 2:
             return
-        stage.last = self.shared.randint(min((low + high) // 2 + 1, high - 1), high - 1)
-        scorer = with_others(mode.scorer, slice(stage.last + 1, None), self.shared)
+        stage.last = self.choice().randint(min((low + high) // 2 + 1, high - 1), high - 1)
+        scorer = with_others(mode.scorer, slice(stage.last + 1, None), self.choice())
         scorer.hooks = stage.replay = Stage(scorer)
         state, bits = copy.deepcopy(learner.state_dict()), fingerprint(stage.model)
-        type(mode)(self.s, scorer, learner).score_chunk(chunk)
+        type(mode)(mode.s, scorer, learner).score_chunk(chunk)
         learner.slots = state["slots"]
-        learner.rule.load_state_dict(state["rule"])
+        learner.losses = state["losses"]
+        learner.sgd.load_state_dict(state["sgd"])
         if fingerprint(stage.model) != bits:
             stage.fail("weights", MOVED)
             T.copy_weights(learner.weights, state["weights"])
@@ -495,7 +568,7 @@ class Audit(T.Hooks):
         here, system = os.getcwd() + os.sep, (sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys")
         own = {path.removeprefix(here) for path in opened if not path.startswith(system)}
         self.failed += [("files", line) for line in wrong]
-        every = gather((self.failed, own, self.apart / seconds))
+        every = T.gather((self.failed, own, self.apart / seconds))
         failed = [failure for failures, *_ in every for failure in failures]
         return {
             "violations": list(dict.fromkeys(line for _, line in failed)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt as T
-from tools.common.shards import STATED, count_bytes
+from tools.common.shards import STATED, check_spaces, count_bytes
 from train_gpt import Hooks, Run, RunError, Settings, together
 
 SAMPLE = 4096  # first tokens, by which copies are found
@@ -44,7 +44,7 @@ def check_text(s: Settings) -> None:
         tokenizer.Load(str(s.tokenizer_path))
     if not tokenizer.vocab_size() or any(shard.tokens.max() >= tokenizer.vocab_size() for shard in shards):
         return
-    T.check_spaces(tokenizer, f"TOKENIZER_PATH={s.tokenizer_path}")
+    check_spaces(tokenizer, f"TOKENIZER_PATH={s.tokenizer_path}")
     found = {"tokens": sum(map(len, shards)), "bytes": count_bytes(shards, T.byte_tables(tokenizer))}
     if not found["bytes"]:
         raise RunError("validation shards: no token stands for a byte of text")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import train_gpt as T
 from tests import tiny
+from tools.common.shards import check_spaces
 from tools.data.make_shards import Tally, encode
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def model(kind, prefix, fallback, symbols, suffix):
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
     try:
-        T.check_spaces(tokenizer, "it")
+        check_spaces(tokenizer, "it")
     except T.RunError as e:
         return str(e)
     return tokenizer
@@ -89,7 +90,7 @@ def test_models_without_a_piece_of_one_space_are_refused_with_the_reason():
             return self.unk_id() if piece == "\u2581" else 5
 
     with pytest.raises(T.RunError, match=r"^it: has no piece of one space \(U\+2581\)"):
-        T.check_spaces(Lacking(), "it")
+        check_spaces(Lacking(), "it")
 
 
 def tally_of(texts, **options):

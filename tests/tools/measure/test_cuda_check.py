@@ -173,10 +173,7 @@ def test_a_pytorch_without_cuda_is_refused_in_one_line_that_says_how_to_get_one(
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (
-            ["--only", "step,all"],
-            "argument --only: 'all' is none of step, qat, calibrate, score, ttt, stream",
-        ),
+        (["--only", "step,all"], "argument --only: 'all' is none of step, calibrate, score, ttt, stream"),
         (["--world", "3"], "argument --world: invalid choice: 3"),
         (["--recipe", "worst"], "argument --recipe: invalid choice: 'worst'"),
     ],

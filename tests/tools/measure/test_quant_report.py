@@ -164,7 +164,7 @@ def test_bytes_are_read_off_between_two_points_or_not_at_all(values, value, expe
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tiny.make_data(folder)
-    environment = tiny.environment({"LATE_QAT": 0, "TTT_ENABLED": 0, "OMP_NUM_THREADS": 1})
+    environment = tiny.environment({"TTT_ENABLED": 0, "OMP_NUM_THREADS": 1})
     command = ["-m", "tools.measure.keep_weights", "made.pt"]
     (result,) = tiny.finish([Process(command, folder, environment)], 120)
     assert result.status == 0, result.err
@@ -244,7 +244,7 @@ def test_the_matrices_of_a_checkpoint_are_those_of_the_artifact_made_of_it(progr
     )
     model = T.GPT(s)
     model.load_state_dict(weights)
-    _, holdout = T.split_holdout(T.open_shards(folder / "data", "train"), s.holdout_tokens, s.train_seq_len)
+    holdout = T.read_stream(T.open_shards(folder / "data", "train"), 0, s.calibration_tokens + 1)
     fisher = T.calibrate(model, T.check_ids(holdout, tiny.VOCAB_SIZE, ""), s.train_seq_len)[1]["up_bank"][1]
     assert row["sensitivity"] == pytest.approx(fisher.mean().item(), rel=1e-4)
     assert row["rise"] == pytest.approx((fisher * (near - w) ** 2).sum().item() / 2, rel=1e-4)

@@ -42,11 +42,28 @@ After.
 <!-- generated: ablation -->
 <!-- end -->
 
+<!-- generated: ablation-42 -->
+<!-- end -->
+
+<!-- generated: experts -->
+<!-- end -->
+
 <!-- generated: scoring -->
 <!-- end -->
 
 After.
 """,
+}
+
+
+EXPERTS = {
+    "title": "2 tokens a weight",
+    "experts": [
+        {"expert": "lr=0", "bpb": 2.5, "seconds": 10},
+        {"expert": "lr=0.02", "bpb": 2.25, "seconds": 30},
+        {"expert": "lr=0.04", "bpb": 2.375, "seconds": 20},
+    ],
+    "mixtures": [{"mix": [0, 1, 2], "bpb": 2.125}, {"mix": [0, 2], "bpb": 2.3125}],
 }
 
 
@@ -64,7 +81,7 @@ def ablation_of(seed):
 ALL = (
     "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, recipes in docs/frontier.md, "
     "speed in docs/gpu.md, quantizers in docs/experiments.md, ablation in docs/experiments.md, "
-    "scoring in docs/experiments.md"
+    "ablation-42 in docs/experiments.md, experts in docs/experiments.md, scoring in docs/experiments.md"
 )
 TOOL = '''"""Count the words of a log.
 
@@ -146,8 +163,9 @@ def folder(tmp_path, monkeypatch):
     Path("logs/demo.txt").write_text(make_log(), "utf-8")
     Path("logs/quantizers.json").write_text(json.dumps(QUANTIZERS))
     Path("logs/bench_eval.json").write_text(json.dumps(SCORING))
-    for name, seed in (("ablation", 1), ("ablation_seeds", 2)):
+    for name, seed in (("ablation", 1), ("ablation_seeds", 2), ("ablation_42", 42)):
         Path(f"logs/{name}.json").write_text(json.dumps(ablation_of(seed)))
+    Path("logs/experts_02.json").write_text(json.dumps(EXPERTS))
     return tmp_path
 
 
@@ -302,6 +320,15 @@ def test_the_ablations_part_joins_its_files(folder):
         docs.ablation_part(paths)
 
 
+def test_the_experts_part_compares_mixtures_with_the_best_alone(folder):
+    path = Path("logs/experts_02.json")
+    mixed = "| 2.3125 (+0.0625) | 2.1250 (-0.1250) | 30, 60  |"
+    assert f"| 2 tokens a weight | 2.5000       | 2.2500     | `lr=0.02` {mixed}" in docs.experts_part([path])
+    path.write_text('{"experts": []}')
+    with pytest.raises(RunError, match="logs/experts_02.json: no figures of tools.measure.experts"):
+        docs.experts_part([path])
+
+
 def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(folder):
     text = docs.quantizers_part(Path("logs/quantizers.json"))
     assert cells(text)[1:] == [
@@ -378,7 +405,7 @@ def test_only_the_parts_change_and_a_second_run_changes_nothing(folder, capsys):
     files = {path for path in folder.rglob("*") if path.is_file()}
     found = run()
     for place, text in found.items():
-        emptied = re.sub(r"(?ms)^(<!-- generated: \w+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
+        emptied = re.sub(r"(?ms)^(<!-- generated: [\w-]+ -->\n).*?(^<!-- end -->$)", r"\1\2", text)
         assert emptied == TEMPLATES[place].replace("old text\n", "")
     assert part(found["docs/settings.md"], "settings").strip() == docs.settings_part()
     assert part(found["docs/frontier.md"], "recipes").strip() == docs.recipes_part()

@@ -64,8 +64,8 @@ def test_the_page_of_a_run_shows_what_its_events_say(folder):
     assert drawn["training-loss-by-time"][0]["x"] == [7.661]
     assert drawn["training-loss-by-tokens"][0]["x"] == [10 * 4096 / 1e6]
     assert drawn["training-loss-by-tokens"][0]["y"] == [6.8938]
-    rate, swa, qat = drawn["learning-rate"]
-    assert (rate["y"], swa["x"], qat["x"]) == ([1.0], [30], [36])
+    rate, swa = drawn["learning-rate"]
+    assert (rate["y"], swa["x"]) == ([1.0], [30])
     so_far, without = drawn["ttt--score-so-far"]
     assert (so_far["x"], so_far["y"], without["y"]) == ([50, 100], [2.90256, 3.070921], [3.07875962] * 2)
     assert drawn["scores"][0]["x"] == ["trained", "averaged", "roundtrip", "sliding", "TTT"]

@@ -46,7 +46,6 @@ step:0/20000 val_loss:6.9310 val_bpb:3.8816 train_time:0ms step_avg:0.00ms
 step:10/20000 train_loss:6.8938 train_time:7661ms step_avg:766.09ms tokens/s:5347 memory:687MiB left:24s
 swa step:30
 progress: training 72%, 8 s left
-late_qat step:36 knob:1
 step:40/20000 val_loss:5.5553 val_bpb:3.1111 train_time:20000ms step_avg:500.00ms
 average average:raw holdout_loss:5.558981
 average average:ema holdout_loss:5.510468
@@ -157,7 +156,6 @@ def test_each_line_is_the_event_that_it_stands_for():
         "left": 24,
     }
     assert found["swa"] == {"event": "swa", "step": 30}
-    assert found["late_qat"] == {"event": "late_qat", "step": 36, "knob": 1.0}
     assert found["progress"] == {"event": "progress", "stage": "training", "done": 0.72, "left": 8}
     assert found["quantized"] == {"event": "quantized", "took": 1.5, "knob": 1}
     assert found["size"] == {
@@ -195,7 +193,7 @@ def test_a_stream_that_learns_is_one_stage():
 
 def test_every_value_the_program_logs_is_known_by_its_name():
     """One that is not would be taken for a part of the value before it."""
-    names = ["machine", "data", "warm_up", "swa", "late_qat", "chosen", "trained", "quantized", "audit"]
+    names = ["machine", "data", "warm_up", "swa", "chosen", "trained", "quantized", "audit"]
     printed = events_of_text(committed("logs/demo.txt"))
     written = [json.loads(line) for line in committed("logs/demo.jsonl").splitlines()]
     for name in names:
@@ -219,7 +217,7 @@ def test_names_and_values_are_an_events_line_too():
             "torch:2.9.1+cu128 python:3.12.3 hooks:watch,audit"
             for line in written.values()
         )
-        and len(written) == 13
+        and len(written) == 12
     )
     assert events_of_text("\n".join(written.values())) == [json.loads(event) for event in written]
     assert events_of_text(
@@ -412,7 +410,7 @@ def test_a_log_of_the_challenge_gives_events_and_a_score(tmp_path, source):
         ("final_int6_sliding_window", None, 1.1214),
         ("legal_ttt", 478500, 1.1177),
     ]
-    assert (latest(events, "swa")["step"], latest(events, "late_qat")["step"]) == (6450, 6680)
+    assert latest(events, "swa")["step"] == 6450 and not latest(events, "late_qat")
     assert latest(events, "ttt_chunk")["seconds"] == 478
     with pytest.raises(RunError, match="no log of train_gpt.py|has no line on the machine"):
         read_log(path)
@@ -433,9 +431,7 @@ def test_what_a_run_writes_can_be_read(tmp_path):
     tiny.make_data(tmp_path)
     assert not tiny.run(tmp_path).status
     log = read_log(tmp_path / "logs/tiny.txt")
-    assert (
-        log.source == SOURCE and log.steps == tiny.SETTINGS["ITERATIONS"] and log.chosen in log.holdout_losses
-    )
+    assert log.source == SOURCE and log.steps == tiny.SETTINGS["ITERATIONS"] and log.chosen == "ema"
     assert (
         log.changed_settings.items()
         >= {"RUN_ID": "tiny", "NUM_LAYERS": "2", "TRAIN_BATCH_TOKENS": "512"}.items()

@@ -101,7 +101,7 @@ FAULTS = {
     ),  # when the ranks have just agreed to go on
     "sigterm in TTT": lambda: Fault("update", send(signal.SIGTERM)),
     "sigterm in warm-up": lambda: Fault("warm-up", send(signal.SIGTERM)),
-    "sigterm in choice": lambda: Fault("event average", send(signal.SIGTERM)),
+    "sigterm after training": lambda: Fault("event trained", send(signal.SIGTERM)),
     "sigterm before export": lambda: Fault("quantizing and coding", send(signal.SIGTERM)),
     "sigterm in export": lambda: Fault("event quantized", send(signal.SIGTERM)),
     "vanish": lambda: between_reads(SHARD.unlink),

@@ -10,6 +10,7 @@ import time
 from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ SETTINGS = tiny.SETTINGS | dict(
 )
 SLIDING, STREAMING = dict(TTT_ENABLED=0), dict(EVAL_MODE="streaming", TTT_ENABLED=0)
 WINDOWS, STREAM = dict(TTT_MUON=1), dict(EVAL_MODE="streaming", TTT_MUON=1)  # with TTT
+EXPERTS = STREAM | dict(TTT_EXPERTS="lr=0;lr=0.02,chunk=64;lr=0.05,epochs=1,weights=banks")
 LOOPS = ("legal_ttt", "final_int6_streaming")  # stages of chunk after chunk
 MODES = {
     "sliding": SLIDING,
@@ -41,6 +43,7 @@ MODES = {
     "windows, SGD": WINDOWS | dict(TTT_MUON=0),
     "stream, Muon": STREAM,
     "stream, SGD": STREAM | dict(TTT_MUON=0),
+    "experts": EXPERTS,
 }
 
 
@@ -93,7 +96,7 @@ class Planted:
 
     def __init__(self, **parts):
         self.model, self.scorer, self.learner, self.modes = T.GPT, T.Scorer, T.Learner, T.EVAL_MODES
-        self.tokens, self.tables = T.validation_tokens, T.byte_tables
+        self.tokens, self.tables, self.ensemble = T.validation_tokens, T.byte_tables, T.Ensemble
         vars(self).update(parts)
 
     def evaluation(self, run):
@@ -105,8 +108,12 @@ class Planted:
         model.load_state_dict(T.dequantize(artifact.stored))
         evaluation, mode_of = T.Evaluation(run, model, tokens, tables), self.modes[s.eval_mode]
         text = self.scorer(model, tokens, tables, s.window, batch, run.hooks)
+        evaluation.scorer = text
         mode = mode_of(s, text, self.learner(model, s, run.hooks))
         evaluation.ttt = T.TestTimeTraining(mode, evaluation.clock, run.log)
+        if s.ttt_experts:
+            evaluation.ttt = self.ensemble(s, text, evaluation.clock, run.log)
+            evaluation.ttt.mode = mode_of
         stages = [lambda: text.score_windows(s.window, "roundtrip")]
         if s.eval_mode == "sliding":
             stages.append(lambda: text.score_windows(s.eval_stride, "sliding"))
@@ -156,9 +163,12 @@ def test_the_program_keeps_the_rules_and_each_check_is_made_in_each_stage(clean)
     assert [*found["stages"]] == [*scores]
     for name, stage in found["stages"].items():
         made = stage["checks"]
-        assert made["positions"] == stage["tokens"] == 1499
+        assert made["positions"] == 1499 * (1 + len(stage.get("experts", ()))) and stage["tokens"] == 1499
         assert min(made["reads"], made["sums"]) > 0
-        assert (made.get("chunks", 0) > 0) == (name in LOOPS) == ("chunks" in stage)
+        assert (made.get("chunks", 0) > 0) == (name in LOOPS) == ("chunks" in stage or "experts" in stage)
+        assert (made.get("mixture", 0) > 0) == ("experts" in stage)
+        for expert in stage.get("experts", {}).values():
+            assert expert["tokens"] == 1499 == sum(chunk[2] for chunk in expert["chunks"])
     assert sum(stage["checks"].get("bytes", 0) for stage in found["stages"].values()) > 0
 
 
@@ -372,11 +382,11 @@ def test_a_replay_leaves_nothing_behind(here):
     class Replaying(audit.Audit):
         def replay(self, stage, ttt):
             learner = ttt.learner
-            learner.rule.state[learner.weights[0]] = {"momentum_buffer": torch.ones_like(learner.weights[0])}
+            learner.sgd.state[learner.weights[0]] = {"momentum_buffer": torch.ones_like(learner.weights[0])}
             before = [*T.copies([*learner.weights, *learner.slots]), torch.ones_like(learner.weights[0])]
             super().replay(stage, ttt)
             after = [*learner.weights, *learner.slots]
-            after.append(learner.rule.state[learner.weights[0]]["momentum_buffer"])
+            after.append(learner.sgd.state[learner.weights[0]]["momentum_buffer"])
             compared.append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
             raise T.Stopped
 
@@ -699,6 +709,73 @@ def test_the_frontier_keeps_the_rules_and_a_leak_between_documents_is_named(tmp_
         assert found["violations"] == [] and all(one["checks"]["reads"] for one in found["stages"].values())
         *_, found = audited(settings, model=OneDocument)
         assert "another document was read" in " ".join(found["violations"])
+
+
+def unnormalised(losses, share, look_back):
+    mixed, weights = T_MIX(losses, share, look_back)
+    return mixed - 0.01, weights * 1.01
+
+
+def knows_the_target(losses, share, look_back):
+    """Weights behind a target already for it."""
+    _, weights = T_MIX(losses, share, look_back)
+    weights = torch.cat((weights[:, 1:], weights[:, -1:]), dim=1)
+    return -(weights * losses.double().neg().exp()).sum(0).log(), weights
+
+
+def knows_all(losses, share, look_back):
+    best = losses.mean(dim=1).argmin()
+    return losses[best].double(), T_MIX(losses, share, look_back)[1]
+
+
+T_MIX = T.mix
+
+
+class Forged(T.Ensemble):
+    """Better scores are mixed than experts gave."""
+
+    def mixture(self):
+        self.done = {name: losses * 0.99 for name, losses in self.done.items()}
+        return super().mixture()
+
+
+class CarriesOn(T.StreamingMode):
+    """An expert does not begin with the artifact's weights."""
+
+    def __init__(self, s, scorer, learner):
+        super().__init__(s, scorer, learner)
+        T.copy_weights(learner.weights, [w * 1.001 for w in learner.weights])
+
+
+MIXTURES = {
+    "weights that do not sum to 1": (unnormalised, {}, "mixture", "weights do not sum to 1"),
+    "weights that know the target": (knows_the_target, {}, "mixture", "not those of past posteriors"),
+    "the best expert by hindsight": (knows_all, {}, "mixture", "a later score was known"),
+    "forged scores": (T.mix, dict(ensemble=Forged), "mixture", "scores are not those of expert lr=0"),
+    "an expert that carries on": (T.mix, stream(CarriesOn), "weights", "artifact's weights"),
+    "an expert that learns first": (
+        T.mix,
+        stream(LearnsByHand),
+        "chunks",
+        f"expert lr=0.02,chunk=64: {FUTURE}",
+    ),
+    "an expert that skips a chunk": (T.mix, stream(SkipsAChunk), "order", "expert lr=0: chunks out of order"),
+    "an expert without a norm": (
+        T.mix,
+        dict(model=Unnormalised),
+        "sums",
+        "expert lr=0: probabilities do not",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_breaks_a_rule_in_an_ensemble_is_named(here, name):
+    mix, parts, check, words = MIXTURES[name]
+    with patch.object(T, "mix", mix):
+        *_, found = audited(EXPERTS, **parts)
+    assert check in found["failed"], found["violations"]
+    assert any(words in line for line in found["violations"]), found["violations"]
 
 
 @pytest.mark.parametrize("name", PLANTS)

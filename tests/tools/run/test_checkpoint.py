@@ -24,22 +24,15 @@ pytestmark = pytest.mark.slow
 RESUMED = []  # trials that went on from a checkpoint
 TRIALS = int(os.environ.get("TRIALS", 10))
 CHECKPOINT = Path("logs/tiny.ckpt")
-ALWAYS = dict(
-    ITERATIONS=12,
-    TRAIN_LOG_EVERY=1,
-    WARMDOWN_ITERS=12,
-    LATE_QAT_THRESHOLD=0.7,  # QAT from step 4
-    TTT_CHUNK_TOKENS=64,
-    TTT_BATCH_SEQS=2,
-)
+ALWAYS = dict(ITERATIONS=12, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=12, TTT_CHUNK_TOKENS=64, TTT_BATCH_SEQS=2)
 SAFE = ALWAYS | dict(CHECKPOINT_EVERY=0.01, RESUME="auto")
-MODES = [{}, dict(EVAL_MODE="streaming"), dict(TTT_MUON=0), dict(EVAL_MODE="streaming", TTT_MUON=0)]
-NO_QAT = dict(LATE_QAT=0)  # rounding would magnify what differs in the last bit
+EXPERTS = dict(EVAL_MODE="streaming", TTT_EXPERTS="lr=0;lr=0.01;lr=0.02,chunk=16")
+MODES = [{}, dict(EVAL_MODE="streaming"), dict(TTT_MUON=0), dict(EVAL_MODE="streaming", TTT_MUON=0), EXPERTS]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data):
-    """(mode or None: NO_QAT, world size) -> artifact, last line, seconds and step events of a run
+    """(mode or None, world size) -> artifact, last line, seconds and step events of a run
     without checkpoints, made once."""
     runs = {}
 
@@ -47,7 +40,7 @@ def undisturbed(data):
         if (mode, world) not in runs:
             shutil.rmtree(data / "logs", ignore_errors=True)
             began = time.monotonic()
-            result = finish(start(data, world=world, **ALWAYS | (NO_QAT if mode is None else MODES[mode])))
+            result = finish(start(data, world=world, **ALWAYS | ({} if mode is None else MODES[mode])))
             assert (result.status, result.err) == (0, "")
             runs[mode, world] = (
                 artifact_of(data),
@@ -101,7 +94,7 @@ def test_most_trials_at_random_moments_went_on_from_a_checkpoint():
 def test_sigterm_outside_of_the_loops_saves_what_there_is(folder, undisturbed):
     for phase, told in (
         ("in warm-up", "nothing is saved"),
-        ("in choice", "go on with RESUME=logs/tiny.ckpt"),
+        ("after training", "go on with RESUME=logs/tiny.ckpt"),
         ("before export", "go on with RESUME=logs/tiny.ckpt"),
         ("in export", "go on with RESUME=logs/tiny.ckpt"),
     ):
@@ -160,7 +153,7 @@ def test_a_signal_that_comes_to_one_rank_after_the_ranks_have_agreed_stops_both_
 
 def test_a_signal_outside_of_the_loops_to_one_rank_ends_the_others_too(folder):
     settings = ALWAYS | dict(CHECKPOINT_EVERY=60, RESUME="auto")
-    first, other = tiny.finish(start(folder, "sigterm in choice", world=2, **settings), 60)
+    first, other = tiny.finish(start(folder, "sigterm after training", world=2, **settings), 60)
     assert (first.status, first.err) == (T.STOPPED_STATUS, "")
     assert first.out.splitlines()[-1] == "stopped by SIGTERM; go on with RESUME=logs/tiny.ckpt"
     assert other.status == LOST_RANK and re.search(
@@ -172,7 +165,7 @@ def test_a_signal_outside_of_the_loops_to_one_rank_ends_the_others_too(folder):
 def stopped(data, tmp_path_factory):
     """A folder with a run that a spoilt gradient stopped at step 6 of 12, and how it ended."""
     folder = shutil.copytree(data, tmp_path_factory.mktemp("stopped") / "run")
-    return folder, finish(start(folder, "spoil", "up_bank", **SAFE | NO_QAT))
+    return folder, finish(start(folder, "spoil", "up_bank", **SAFE))
 
 
 @pytest.fixture
@@ -188,14 +181,14 @@ def test_a_gradient_that_is_no_number_names_its_step_and_the_last_good_checkpoin
         r"train_gpt.py: error: step 6: loss [0-9.]+, gradient norm nan; lower the learning rates\n",
         stopped[1].err,
     )
-    result = finish(start(resumable, **SAFE | NO_QAT))
+    result = finish(start(resumable, **SAFE))
     assert re.search("^resumed step:[3-5]$", result.out, re.M)
     check_end(resumable, result, undisturbed(None))
 
 
 @pytest.mark.parametrize("world", [2, 8])
 def test_another_number_of_processes_goes_on_from_the_same_state(resumable, undisturbed, world):
-    result = finish(start(resumable, world=world, **SAFE | NO_QAT))
+    result = finish(start(resumable, world=world, **SAFE))
     (step,) = map(int, re.findall(r"^resumed step:([3-5])$", result.out, re.M))
     assert (result.status, result.err) == (0, "")
     losses = (
@@ -233,7 +226,7 @@ def test_another_number_of_processes_goes_on_from_the_same_state(resumable, undi
 def test_what_is_no_checkpoint_of_this_run_is_refused_and_nothing_is_lost(resumable, change, settings, told):
     (resumable / CHECKPOINT).write_bytes(change((resumable / CHECKPOINT).read_bytes()))
     before = {path: path.read_bytes() for path in resumable.rglob("*") if path.is_file()}
-    result = tiny.run(resumable, **SAFE | NO_QAT | settings)
+    result = tiny.run(resumable, **SAFE | settings)
     assert (
         result.status == 2
         and result.err.startswith("train_gpt.py: error: checkpoint logs/tiny.ckpt: ")
@@ -247,10 +240,10 @@ def test_other_shards_and_another_source_than_the_checkpoints_are_refused(resuma
     program = resumable / "train_gpt.py"
     program.write_text(tiny.SCRIPT.read_text("utf-8") + "\n# changed\n", "utf-8")
     (resumable / "tools").symlink_to(tiny.SCRIPT.parent / "tools")
-    (result,) = tiny.finish([Process([program], resumable, tiny.environment(SAFE | NO_QAT))], 60)
+    (result,) = tiny.finish([Process([program], resumable, tiny.environment(SAFE))], 60)
     assert result.status == 2 and "made by another train_gpt.py" in result.err
     tiny.write_shard(resumable / "data/fineweb_train_000001.bin", [1] * 6001)
-    result = tiny.run(resumable, **SAFE | NO_QAT)
+    result = tiny.run(resumable, **SAFE)
     assert result.status == 2 and result.err.endswith(
         "checkpoint logs/tiny.ckpt: made with TRAIN_SHARDS=[6000, 6000], not [6000, 6001]\n"
     )
