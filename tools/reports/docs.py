@@ -136,8 +136,7 @@ def demo_part(log: RunLog) -> str:
     notes = [
         f"{log.steps:,} steps of {tokens:,} tokens{speed}, on {where}.",
         f"The model has {log.parameters:,} parameters; the submission takes {size}.",
-        "Lower `val_bpb` is better. The seconds of the averaged weights are those of choosing among the "
-        "averages;",
+        "Lower `val_bpb` is better. The seconds of the averaged weights are those of the calibration;",
         "peak memory is the first process's since its start.",
     ]
     return table(header, rows, right=4) + "\n\n" + "\n".join(notes)

@@ -157,7 +157,7 @@ def draw_weights(axes: "Axes", runs: dict[str, dict]) -> None:
     parts = len(next(iter(experts.values())))
     axes.stackplot((np.arange(parts) + 0.5) * 100 / parts, *experts.values(), labels=list(experts))
     axes.set(xlim=(0, 100), ylim=(0, 1))
-    axes.legend(loc="lower left", fontsize=8, title="expert: bits per byte", title_fontsize=8, reverse=True)
+    axes.legend(loc="lower left", fontsize=7, title="bits per byte alone", title_fontsize=7, reverse=True)
     others = [other for other, run in runs.items() if not run["experts"]]
     title = "TTT: experts' weights" + (f" of {name}" if len(runs) > 1 else "")
     finish(axes, title, "validation text scored (%)", "share", others, len(runs))

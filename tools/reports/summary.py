@@ -20,7 +20,7 @@ STAGES = {
     "averaged": (
         "averaged",
         lambda change: change < 0.00005,
-        "by the exponential average of the weights",
+        "by the exponential average of the weights, if it is on",
         "the average lags behind in so short a run: EMA_ENABLED=0",
     ),
     "roundtrip": (
