@@ -26,7 +26,18 @@ SCORED_STAGES = {
     **{name: mode.stage for name, mode in EVAL_MODES.items()},
     "ttt": "legal_ttt",
 }
-TEXTS = {"hardware", "attention", "torch", "python", "hooks", "average", "stage", "message", "source_sha256"}
+TEXTS = {
+    "experts",
+    "hardware",
+    "attention",
+    "torch",
+    "python",
+    "hooks",
+    "average",
+    "stage",
+    "message",
+    "source_sha256",
+}
 NUMBERS = {
     "processes",
     "parameters",
@@ -67,7 +78,7 @@ NUMBERS = {
 NAMES = "|".join(sorted(TEXTS | NUMBERS))
 PLAIN = re.compile(
     rf"(machine|data|warming_up|warm_up|swa|average|chosen|trained|quantized|compiled|progress|"
-    rf"checkpoint|resumed|audit|error)((?: (?:{NAMES}):.*)+)"
+    rf"checkpoint|resumed|dropped|audit|error)((?: (?:{NAMES}):.*)+)"
 )  # an event's name, then name:value of its values
 N = r"(\d+(?:\.\d+)?)"
 EXACT = r"(\d+\.\d{8,})"  # fewer digits: the line is cut

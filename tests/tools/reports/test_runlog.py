@@ -193,7 +193,7 @@ def test_a_stream_that_learns_is_one_stage():
 
 def test_every_value_the_program_logs_is_known_by_its_name():
     """One that is not would be taken for a part of the value before it."""
-    names = ["machine", "data", "warm_up", "swa", "chosen", "trained", "quantized", "audit"]
+    names = ["machine", "data", "warm_up", "trained", "quantized", "audit"]
     printed = events_of_text(committed("logs/demo.txt"))
     written = [json.loads(line) for line in committed("logs/demo.jsonl").splitlines()]
     for name in names:
