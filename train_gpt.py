@@ -144,7 +144,7 @@ class Settings:
     qk_gain_init: float = fixed(1.5, "first gain of the queries", frontier=5.25)
     ln_scale: bool = fixed(True, "scale layers' inputs by 1 / sqrt(layer + 1)")
     xsa_last_n: int = fixed(4, "last layers that drop what lies along a position's value", frontier=11)
-    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; 0: none", frontier=0)
+    bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none", frontier=0)
     bigram_dim: int = fixed(128, "width of the bigram table", low=1)
     ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS", frontier=False)
     ve_dim: int = fixed(128, "width of the value embeddings", low=1)
@@ -331,11 +331,11 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
     given = dict(kept or {}) | RECIPES.get(given.get("recipe"), {}) | given
     s = Settings(**given)
     if s.eval_mode == "sliding" or not s.ttt_enabled:
-        if environ.get("TTT_EXPERTS"):
-            raise RunError("TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1")
         s.ttt_experts = ""
     if s.eval_only and s.artifact_path and kept is None:
         return s  # the artifact brings the rest
+    if environ.get("TTT_EXPERTS") and not s.ttt_experts:
+        raise RunError("TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1")
     if "ve_layers" not in given:
         s.ve_layers = tuple(layer for layer in s.ve_layers if layer < s.num_layers)
     s.validate()
@@ -1716,7 +1716,8 @@ class StreamingMode:
     def __init__(self, s: Settings, scorer: Scorer, learner: Learner):
         self.s, self.scorer, self.learner = s, scorer, learner
         self.chunks = 1 + ceil_div(scorer.targets - scorer.window, s.ttt_chunk_tokens)
-        learner.losses = torch.zeros(scorer.targets, device=scorer.tokens.device)
+        if s.ttt_experts:
+            learner.losses = torch.zeros(scorer.targets, device=scorer.tokens.device)
 
     def start(self, chunk: int) -> int:
         """Returns a chunk's first position."""
@@ -1734,9 +1735,9 @@ class StreamingMode:
         """Returns a chunk's sums (3,) fp64."""
         self.before = self.learner.slots
         self.first_read = self.read(chunk)
-        own = self.learner.losses[self.start(chunk) : self.start(chunk + 1)]
-        own.copy_(self.first_read.losses.detach()[0, : len(own)])
         if self.s.ttt_experts:
+            own = self.learner.losses[self.start(chunk) : self.start(chunk + 1)]
+            own.copy_(self.first_read.losses.detach()[0, : len(own)])
             return self.scorer.measure(self.first_read, 0, self.scorer.targets)
         end = self.scorer.targets if rank() == 0 else 0
         return all_reduce(self.scorer.measure(self.first_read, 0, end))
@@ -1861,14 +1862,14 @@ class Ensemble(Stateful):
     def __init__(self, s: Settings, scorer: Scorer, clock: Clock, log: Log):
         self.s, self.scorer, self.clock, self.log = s, scorer, clock, log
         self.experts = expert_settings(s)
-        self.done: dict[str, Tensor] = {}  # losses (N,) of experts that have read all
+        self.done: dict[str, Tensor] = {}  # losses (N,) of those that have read all
         self.begun: dict[str, State] = {}  # of others, from before a restart
         self.now: dict[str, TestTimeTraining] = {}
 
     def state_dict(self) -> State:
         """Returns what all ranks' experts have come to."""
         own = {name: ttt.state_dict() for name, ttt in self.now.items()}
-        return {"done": dict(self.done), "begun": dict(ChainMap(*gather(own)))}
+        return {"done": dict(self.done), "begun": self.begun | dict(ChainMap(*gather(own)))}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a state_dict(), of perhaps another number of ranks."""
@@ -2088,12 +2089,13 @@ class Trainer(Stateful):
 
     def report(self, event: str, losses: dict[str, float], line: str = "", **more: float) -> None:
         """Log losses after so many steps and milliseconds."""
-        times = {"train_time": 1000 * self.elapsed, "step_avg": 1000 * self.elapsed / max(self.done, 1)}
+        took = 1000 * self.elapsed
+        mean = took / max(self.done, 1)
         shown = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
-        line = "train_time:{train_time:.0f}ms step_avg:{step_avg:.2f}ms".format_map(times) + line
-        line = f"step:{self.done}/{self.s.iterations} {shown} {line}"
-        counts = {"step": self.done, "iterations": self.s.iterations}
-        self.run_of.log.event(event, line, **losses, **more, **counts, **times)
+        shown += f" train_time:{took:.0f}ms step_avg:{mean:.2f}ms{line}"
+        line = f"step:{self.done}/{self.s.iterations} {shown}"
+        values = losses | more | {"step": self.done, "iterations": self.s.iterations}
+        self.run_of.log.event(event, line, **values, train_time=took, step_avg=mean)
 
 
 def export(run: Run, model: GPT, fingerprint: str, calibration: Calibration, limit: int) -> bytes:

@@ -290,3 +290,10 @@ def test_the_frontiers_experts_go_with_any_chunk_and_stay_away_where_nothing_str
         assert T.parse_settings({"RECIPE": "frontier"} | setting).ttt_experts == ""
         with pytest.raises(T.RunError, match="TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1"):
             T.parse_settings({"RECIPE": "frontier", "TTT_EXPERTS": "lr=0"} | setting)
+
+
+def test_an_artifact_of_a_stream_brings_its_mode_along_when_only_experts_are_given():
+    kept = vars(T.parse_settings({"EVAL_MODE": "streaming", "TTT_ENABLED": "1"}))
+    given = {"EVAL_ONLY": "1", "ARTIFACT_PATH": "logs/a.bin", "TTT_EXPERTS": "lr=0;lr=0.02"}
+    T.parse_settings(given)  # before the artifact is read
+    assert len(T.expert_settings(T.parse_settings(given, kept))) == 2

@@ -11,7 +11,6 @@ with each --share and each --look-back. Settings are those of the artifact, over
 import argparse
 import hashlib
 import json
-import math
 import os
 import time
 from dataclasses import replace
@@ -37,6 +36,11 @@ class Losses(T.Hooks):
         self.losses = ttt.learner.losses.cpu().numpy()
 
 
+def scoring_settings(s: T.Settings) -> str:
+    """Returns the settings that scoring depends on, as one writes them."""
+    return T.assignments(s, [name for name in T.FIELDS if name.startswith(("TTT_", "EVAL_"))])
+
+
 def read_alone(text: str, s: T.Settings, weights: Weights, tokens: np.ndarray) -> tuple[np.ndarray, float]:
     """Returns the losses (N,) of one expert, in nats, and its seconds. Raises RunError."""
     device, hooks = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Losses()
@@ -55,9 +59,9 @@ def experts_losses(args: argparse.Namespace, s: T.Settings, weights: Weights) ->
     """Returns each expert's name, losses and seconds, run or from the folder. Raises RunError, OSError."""
     found, data = [], args.file.read_bytes()
     tokens = T.Shard(args.shard).read(0, args.tokens + 1 if args.tokens else None)
-    common = T.assignments(s, [name for name in T.FIELDS if name.startswith(("TTT_", "EVAL_"))])
+    common = scoring_settings(replace(s, ttt_experts="", ttt_share=0, ttt_share_tokens=1))
     for text in T.expert_settings(s):
-        what = hashlib.sha256(data + tokens.tobytes() + f"{common.split('TTT_EXPERTS')[0]} {text}".encode())
+        what = hashlib.sha256(data + tokens.tobytes() + f"{common} {text}".encode())
         path = args.keep / f"{args.file.stem}_{what.hexdigest()[:16]}.npz" if args.keep else None
         if path and path.exists():
             kept = np.load(path)
@@ -71,14 +75,15 @@ def experts_losses(args: argparse.Namespace, s: T.Settings, weights: Weights) ->
     return found
 
 
-def mixtures(args: argparse.Namespace, found: list[dict[str, Any]], nat: float) -> list[dict[str, Any]]:
-    """Returns the score of each set with each share and look-back; `nat` in bits per byte."""
+def mixtures(args: argparse.Namespace, found: list[dict[str, Any]], size: T.Score) -> list[dict[str, Any]]:
+    """Returns the score of each set with each share and look-back; `size` knows the text's bytes."""
     rows = []
     for chosen in args.mix or [list(range(len(found)))]:
         losses = torch.from_numpy(np.stack([found[k]["losses"] for k in chosen]))
         for share, look_back in product(args.share, args.look_back):
             mixed, weights = T.mix(losses, share, look_back)
-            row = {"mix": chosen, "share": share, "look_back": look_back, "bpb": mixed.sum().item() * nat}
+            row = {"mix": chosen, "share": share, "look_back": look_back}
+            row["bpb"] = size._replace(nats=mixed.sum().item()).val_bpb
             rows.append(row | {"weights": weights.mean(dim=1).tolist()})
     return rows
 
@@ -127,22 +132,23 @@ def main(argv: list[str] | None = None) -> None:
         weights = read_weights(args.file)
         own = {"EVAL_MODE": "streaming", "TTT_ENABLED": "1", "TTT_EXPERTS": args.experts}
         s = weights.settings(os.environ | own | {"EVAL_MAX_SECONDS": "1e9"})
+        count = len(T.expert_settings(s))
+        for bad in (k for mix in args.mix or [] for k in mix if not 0 <= k < count):
+            raise T.RunError(f"--mix: {bad} is no number of an expert")
         experts = experts_losses(args, s, weights)
-        bad = [k for mix in args.mix or [] for k in mix if not 0 <= k < len(experts)]
-        if bad:
-            raise T.RunError(f"--mix: {bad[0]} is no number of an expert")
         tables, _ = tables_on(torch.device("cpu"), s)
         ids = torch.from_numpy(T.Shard(args.shard).read(0, len(experts[0]["losses"]) + 1).astype(np.int64))
-        nat = 1 / math.log(2) / int(tables.count(ids[:-1], ids[1:]).sum())  # bits per byte
+        size = T.Score(tokens=len(ids) - 1, bytes=int(tables.count(ids[:-1], ids[1:]).sum()))
         found = {
             "title": args.title or args.file.stem,
             "machine": machine_name(torch.device("cpu")),
-            "tokens": len(ids) - 1,
-            "settings": T.assignments(s, [n for n in T.FIELDS if n.startswith(("TTT_", "EVAL_"))]),
-            "mixtures": mixtures(args, experts, nat),
+            "tokens": size.tokens,
+            "settings": scoring_settings(s),
+            "mixtures": mixtures(args, experts, size),
         }
         for expert in experts:
-            expert["bpb"] = float(expert.pop("losses").sum(dtype=np.float64)) * nat
+            nats = float(expert.pop("losses").sum(dtype=np.float64))
+            expert["bpb"] = size._replace(nats=nats).val_bpb
         found["experts"] = experts
         say("\n" + experts_report(found))
         if args.json:

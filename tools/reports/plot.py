@@ -164,11 +164,9 @@ def draw_weights(axes: "Axes", runs: dict[str, dict]) -> None:
 
 
 def draw_ttt(axes: "Axes", runs: dict[str, dict]) -> None:
-    """Running scores, and as dotted lines the score of the stage before; of an ensemble the weights."""
+    """Running scores, and as dotted lines the score of the stage before."""
     from matplotlib.lines import Line2D
 
-    if any(run["experts"] for run in runs.values()):
-        return draw_weights(axes, runs)
     unknown = draw_lines(axes, runs, "ttt", 0.01)
     without = [
         (look[0], run["without_ttt"])
@@ -195,9 +193,7 @@ def draw_ttt(axes: "Axes", runs: dict[str, dict]) -> None:
         )
     if len(unknown) < len(runs):
         axes.set_xlim(0, 100)
-    return finish(
-        axes, "TTT: score so far", "validation text scored (%)", "bits per byte", unknown, len(runs)
-    )
+    finish(axes, "TTT: score so far", "validation text scored (%)", "bits per byte", unknown, len(runs))
 
 
 def draw_bars(
@@ -311,7 +307,8 @@ def draw(runs: dict[str, dict]) -> bytes:
             count,
         )
     draw_scores(figure.add_subplot(grid[1, 3:8] if several else grid[1, :6]), runs)
-    draw_ttt(figure.add_subplot(grid[1, 8:] if several else grid[1, 6:]), runs)
+    draw = draw_weights if any(run["experts"] for run in runs.values()) else draw_ttt
+    draw(figure.add_subplot(grid[1, 8:] if several else grid[1, 6:]), runs)
 
     axes = figure.add_subplot(grid[2, :8])
     rows = [

@@ -376,7 +376,7 @@ class Audit(T.Hooks):
         if stage := self.watched(ttt):
             with self.aside():
                 (name,) = self.evaluation.ttt.now
-                score = T.Score(*sum(sums for sums, _ in ttt.records).tolist())
+                score = scored_so_far(ttt)
                 stage.check_positions(score, self.text)
                 self.experts[name] = values_of(score) | {"chunks": stage.check_order()}
                 self.nats[name] = stage.nats[:-1].cpu()

@@ -1,7 +1,5 @@
 """Logs what each expert of an ensemble gave: its bits per byte, and its weight over the text."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ class Experts(Hooks):
     def on_stage(self, name: str, score: Score) -> None:
         """Log them."""
         for expert, nats, weights in zip(self.names, self.nats, self.weights, strict=True):
-            bpb, mean = nats / math.log(2) / score.bytes, sum(weights) / len(weights)
+            bpb, mean = score._replace(nats=nats).val_bpb, sum(weights) / len(weights)
             line = f"expert {expert} bpb:{bpb:.6f} mean_weight:{mean:.4f}"
             self.run.log.event("expert", line, expert=expert, bpb=bpb, weights=weights)
         self.names = []
