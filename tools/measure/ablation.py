@@ -1,6 +1,10 @@
 """Train the record, the frontier and the frontier without each of its parts for the same time; compare.
 
     python -m tools.measure.ablation data/experiment --seconds 180 --seeds 1337 42 --json logs/ablation.json
+    python -m tools.measure.ablation data/experiment --steps 150 --only frontier --try MUON_WD=0.03 MIN_LR=0
+
+--try compares other values of the frontier's settings; with --steps all runs have as many steps, however long
+these take, so that rates and decays can be compared on a machine that does other things too.
 
 The folder holds shards and their tokenizer.model; the other settings are tools/ablation.env's. Each run is
 train_gpt.py on one thread, --parallel of them at a time, in turns of all variants, so that what else the
@@ -11,6 +15,7 @@ the comparison needs of them is in --json.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +28,7 @@ import torch
 from tools.common.cli import ROOT, Parser, check_folder_of, ends_in_one_line, fail, positive, say
 from tools.common.machine import machine_name
 from tools.common.tables import table
-from train_gpt import FIELDS, RECIPES, show
+from train_gpt import FIELDS, RECIPES, RunError, parse_settings, show
 
 ENVIRONMENT = ROOT / "tools/ablation.env"
 # The frontier's parts at this size, and what a variant without one has instead
@@ -73,9 +78,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def run(name: str, settings: dict[str, str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train and score a variant; return its figures. Raises RuntimeError with its last line of errors."""
-    run_id = f"{name} {seed}".replace(" ", "_").replace(",", "")
+    run_id = re.sub("[^A-Za-z0-9_.=-]+", "_", f"{name} {seed}".replace(",", ""))
     events, path = [], args.out / f"logs/{run_id}.jsonl"
     own = {"RUN_ID": run_id, "SEED": str(seed), "MAX_WALLCLOCK_SECONDS": str(args.seconds)}
+    if args.steps:
+        own |= {"ITERATIONS": str(args.steps), "MAX_WALLCLOCK_SECONDS": "0"}
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     environ = environment(args.folder.resolve()) | settings | own
     if path.exists():
@@ -88,17 +95,31 @@ def run(name: str, settings: dict[str, str], seed: int, args: argparse.Namespace
     scores = {event["stage"]: event["val_bpb"] for event in events if event["event"] == "stage"}
     trained = next(event for event in events if event["event"] == "trained")
     found = {"variant": name, "seed": seed, "steps": trained["steps"], "settings": settings}
+    found["seconds"] = trained["train_time"] / 1000
     say(f"{name}, seed {seed}: {trained['steps']} steps, {scores['legal_ttt']:.4f}")
     return found | {title: scores[stage] for stage, title in STAGES.items()}
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """Returns name and value of NAME=VALUE. Raises ArgumentTypeError."""
+    name, _, value = text.partition("=")
+    try:
+        parse_settings(environment(Path("data")) | SMALL | {name: value})
+        if name not in FIELDS:
+            raise RunError(f"{name} is no setting")
+    except RunError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return name, value
 
 
 def report(rows: list[dict[str, Any]]) -> str:
     """Returns a table of the variants: means over the seeds, and what the frontier gains by each part."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
+    counts = [what for what in ("steps", "seconds") if all(what in row for row in rows)]
     means = {
         name: {
             what: statistics.mean(row[what] for row in rows if row["variant"] == name)
-            for what in ("steps", *STAGES.values())
+            for what in (*counts, *STAGES.values())
         }
         for name in names
     }
@@ -108,8 +129,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         change = means[name][last] - means["frontier"][last]
         values = [f"{means[name][what]:.4f}" for what in STAGES.values()]
         spread = f"{max(own) - min(own):.4f}" if len(own) > 1 else "one seed"
-        lines.append([name, f"{means[name]['steps']:.0f}", *values, spread, f"{change:+.4f}"])
-    header = ["variant", "steps", *STAGES.values(), "seeds apart", "above frontier"]
+        numbers = [f"{means[name][what]:.0f}" for what in counts]
+        lines.append([name, *numbers, *values, spread, f"{change:+.4f}"])
+    header = ["variant", *counts, *STAGES.values(), "seeds apart", "above frontier"]
     return table(header, lines)
 
 
@@ -118,6 +140,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="shards and tokenizer.model")
     parser.add_argument("--seconds", type=positive, default=180, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=positive, help="of training, instead of seconds")
+    parser.add_argument(
+        "--try",
+        nargs="+",
+        default=[],
+        type=assignment,
+        help="other values",
+        metavar="NAME=VALUE",
+        dest="tried",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42], help="(%(default)s)")
     parser.add_argument("--parallel", type=positive, default=2, help="runs at a time (%(default)s)")
     parser.add_argument(
@@ -131,8 +163,11 @@ def main(argv: list[str] | None = None) -> None:
     with ends_in_one_line():
         args.out.mkdir(parents=True, exist_ok=True)
         machine = machine_name(torch.device("cpu"))
-        say(f"{machine}, {args.parallel} runs of a thread at a time, {args.seconds} s of training each")
+        length = f"{args.steps} steps" if args.steps else f"{args.seconds} s"
+        say(f"{machine}, {args.parallel} runs of a thread at a time, {length} of training each")
         chosen = {name: one for name, one in variants().items() if name in (args.only or variants())}
+        for name, value in args.tried:
+            chosen[f"{name}={value}"] = SMALL | {name: value}
         with ThreadPoolExecutor(args.parallel) as pool:
             jobs = [
                 pool.submit(run, name, chosen[name], seed, args) for seed in args.seeds for name in chosen
@@ -143,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
                 pool.shutdown(cancel_futures=True)
                 fail(str(e))
         if args.json:
-            args.json.write_text(json.dumps({"seconds": args.seconds, "rows": rows}, indent=1) + "\n")
+            budget = {"steps": args.steps} if args.steps else {"seconds": args.seconds}
+            args.json.write_text(json.dumps(budget | {"rows": rows}, indent=1) + "\n")
         say(report(rows))
 
 

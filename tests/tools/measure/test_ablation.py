@@ -14,7 +14,7 @@ BPB = {"averaged": 2.5, "final_int6_roundtrip": 2.6, "legal_ttt": 2.4}
 
 def finished(folder, name, seed, gain):
     """Leave the events of a run whose scores are BPB less a gain."""
-    events = [{"event": "trained", "steps": 100 + seed}]
+    events = [{"event": "trained", "steps": 100 + seed, "train_time": 1000 * seed}]
     events += [{"event": "stage", "stage": stage, "val_bpb": bpb - gain} for stage, bpb in BPB.items()]
     path = folder / f"logs/{name}_{seed}.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -38,8 +38,8 @@ def test_runs_that_have_finished_are_compared_and_not_repeated(tmp_path, capsys)
     only = ("--only", "record", "frontier", "--seeds", "1", "2", "--out", str(tmp_path))
     ablation.main(["data", *only, "--json", str(tmp_path / "found.json")])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert ["record", "102", "2.4900", "2.5900", "2.3900", "0.0200", "+0.1000"] in rows
-    assert ["frontier", "102", "2.3900", "2.4900", "2.2900", "0.0200", "+0.0000"] in rows
+    assert ["record", "102", "2", "2.4900", "2.5900", "2.3900", "0.0200", "+0.1000"] in rows
+    assert ["frontier", "102", "2", "2.3900", "2.4900", "2.2900", "0.0200", "+0.0000"] in rows
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(row["variant"], row["seed"]) for row in found["rows"]] == [
         ("record", 1),
@@ -47,6 +47,27 @@ def test_runs_that_have_finished_are_compared_and_not_repeated(tmp_path, capsys)
         ("record", 2),
         ("frontier", 2),
     ]
+
+
+def test_other_values_of_the_frontiers_settings_are_compared_after_as_many_steps(tmp_path, capsys):
+    finished(tmp_path, "frontier", 7, 0.1)
+    finished(tmp_path, "MUON_WD=0.03", 7, 0.15)
+    json_path = tmp_path / "found.json"
+    only = ("--only", "frontier", "--try", "MUON_WD=0.03", "--steps", "107", "--seeds", "7")
+    ablation.main(["data", *only, "--out", str(tmp_path), "--json", str(json_path)])
+    assert "+0.0000" in capsys.readouterr().out.splitlines()[-2]
+    found = json.loads(json_path.read_text())
+    assert found["steps"] == 107 and "seconds" not in found
+    assert found["rows"][1]["variant"] == "MUON_WD=0.03"
+    assert found["rows"][1]["settings"] == ablation.SMALL | {"MUON_WD": "0.03"}
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [("MUON_WD=-1", "MUON_WD='-1': allowed is"), ("MUON=1", "MUON is no setting"), ("x", "x is no")],
+)
+def test_a_value_that_no_run_would_take_is_one_line(text, told):
+    assert told in fails(ablation.main, "data", "--try", text)
 
 
 @pytest.mark.slow
