@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -57,7 +58,7 @@ TRIGONOMETRY = re.compile(r"(?:tl_math|libdevice|tl|math)\.(cos|sin|pow)\b")
 ATTENTION, PRODUCTS, OTHER = "attention", "matrix products", "other"
 # Parts of fused kernels: the first that one of its operators is of, by its function and line in the program
 FUSED_PARTS = {
-    "loss": r"in (token_losses|logits)\n(?!.*self\.(embed|lookup)\()",
+    "loss": r"in (logits\n(?!.*self\.(embed|lookup)\()|forward\n.*(cross_entropy|self\.logits)\()",
     "XSA": r"in attend\n.*\balong\b",
     "MLP activation": r"in mlp\n",
     "rotary and head norms": r"(norm )?in (rotate|attend)\n",
@@ -72,6 +73,8 @@ VIEWS = re.compile(
     "empty|empty_like|empty_strided|expand|is_same_size|lift_fresh|new_empty|permute|select|slice|split|"
     "split_dim|split_with_sizes|squeeze|t|transpose|unbind|unsqueeze|view|view_of|wait_tensor"
 )
+# What a graph's code allocates in fp32
+FP32 = re.compile(r"empty_strided_cuda\(\(([\d, ]*\d),?\), \([\d, ]*\), torch\.float32\)")
 PRODUCT = re.compile("(mm|bmm|addmm|baddbmm)_?")
 
 
@@ -131,12 +134,18 @@ class Graph:
     collectives: int
     saved: float  # bytes that it returns
     fp32_products: int
+    widest_fp32: int = 0  # elements of its largest fp32 tensor
     calls: int = 0
 
     def trigonometry(self) -> dict[str, list[str]]:
         """Returns kernels that compute cos, sin or pow, and which."""
         found = {name: sorted({*TRIGONOMETRY.findall(text)}) for name, text in self.sources.items()}
         return {name: functions for name, functions in found.items() if functions}
+
+
+def widest(text: str) -> int:
+    """Returns the elements of the largest fp32 tensor that a graph's code allocates."""
+    return max((math.prod(map(int, size.split(","))) for size in FP32.findall(text)), default=0)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -160,16 +169,22 @@ def operator_name(node: torch.fx.Node) -> str:
 
 
 def flop_of(name: str, args: Sequence[Any]) -> float:
-    """Returns the FLOP of a product, or of attention: half of it is masked, if it is causal; else 0."""
+    """Returns the FLOP of a product, or of attention: half of it is masked, if it is causal; else 0.
+
+    Of pieces, of which only a GPU knows how long they are: as if all were of the greatest length.
+    """
     args, tensors = list(args), tensors_of(args)
     if PRODUCT.fullmatch(name):
         return 2 * tensors[-2].numel() * tensors[-1].shape[-1]
-    if "dot_product_cudnn" not in name:
-        return 0
     backward = "backward" in name
-    q, k = tensors[1:3] if backward else tensors[:2]
-    causal = args[14 if backward else 6 :][:1] == [True]
-    return (10 if backward else 4) * q.numel() * k.size(-2) * (0.5 if causal else 1)
+    if "varlen_attn" in name:
+        length, causal = args[9 if backward else 6], True
+    elif "dot_product_cudnn" in name:
+        length, causal = tensors[2 if backward else 1].size(-2), args[14 if backward else 6 :][:1] == [True]
+    else:
+        return 0
+    q = tensors[1 if backward else 0]
+    return (10 if backward else 4) * q.numel() * length * (0.5 if causal else 1)
 
 
 def kernels_of(name: str) -> int:
@@ -398,6 +413,8 @@ class PretendedH100:
         self.replace(torch, "Generator", AnyGenerator)
         self.replace(torch.nn.Module, "to", lambda module, device: module)  # made there; fakes do not move
         self.replace(F, "scaled_dot_product_attention", cudnn_attention)
+        # clipping does all gradients at once, but not those of a subclass of tensors
+        self.replace(torch.nn.utils.clip_grad, "_has_foreach_support", always(True))
 
         def address(t: FakeTensor) -> int:
             return t.untyped_storage()._cdata + t.storage_offset() * t.element_size()
@@ -489,6 +506,7 @@ class PretendedH100:
             collectives=text.count("_c10d_functional.all_reduce_.default("),
             saved=self.returned_bytes(graph),
             fp32_products=sum(takes_fp32(node) for node in products),
+            widest_fp32=widest(text),
         )
         self.graphs.append(noted)
         layouts = [layout_of(output) for output in graph.graph_outputs]
@@ -548,6 +566,7 @@ class Piece:
     graphs: list[Graph] = field(default_factory=list)  # that it compiled
     launches: int = 0
     eager: int = 0  # of these outside of compiled graphs
+    calls: int = 0  # of compiled graphs, each of which may be one launch as a CUDA graph
     bytes: float = 0
     flop: float = 0
     floor: float = 0  # seconds
@@ -591,6 +610,7 @@ class Piece:
     def add_graph(self, graph: Graph, calls: int) -> None:
         """Add so many calls of a graph."""
         self.add_up(graph.launches, graph.phase, calls)
+        self.calls += calls
         self.launches += calls * graph.collectives
         self.saved = max(self.saved, graph.saved if calls and graph.phase == FORWARD else 0)
 
@@ -598,9 +618,8 @@ class Piece:
         """Returns what is to be said of it."""
         if self.error:
             return f"{self.name}: FAILED: {self.error}"
-        graphs = (
-            f"{self.launches} launches ({self.eager} outside of graphs), {len(self.graphs)} graphs compiled"
-        )
+        graphs = f"{self.launches} launches ({self.eager} outside of graphs), {self.calls} calls of graphs"
+        graphs += f", {len(self.graphs)} graphs compiled"
         size = f"{self.bytes / 1e9:.2f} GB, {self.flop / 1e12:.2f} TFLOP"
         notes = "".join(f"; {what}: {number}" for what, number in self.notes.items())
         return f"{self.name}: {graphs}, {size}, floor {1000 * self.floor:.2f} ms{notes}"
@@ -617,10 +636,27 @@ class Piece:
 
     def figures(self) -> dict[str, Any]:
         """Returns it as in JSON."""
-        names = ("name", "kind", "error", "launches", "eager", "bytes", "flop", "floor", "notes", "saved")
+        names = (
+            "name",
+            "kind",
+            "error",
+            "launches",
+            "eager",
+            "calls",
+            "bytes",
+            "flop",
+            "floor",
+            "notes",
+            "saved",
+        )
         parts = [{"part": p, "phase": phase, "floor": s} for (p, phase), s in self.parts.items()]
         graphs = [
-            {"phase": graph.phase, "kernels": len(graph.sources), "trigonometry": graph.trigonometry()}
+            {
+                "phase": graph.phase,
+                "kernels": len(graph.sources),
+                "trigonometry": graph.trigonometry(),
+                "widest_fp32": graph.widest_fp32,
+            }
             for graph in self.graphs
         ]
         return {name: getattr(self, name) for name in names} | {"parts": parts, "graphs": graphs}
@@ -721,7 +757,9 @@ class Program:
     def stream(self) -> Iterator[Piece]:
         """Gives the first window of a stream, and a chunk that is scored and learnt from."""
         s = self.settings["streaming"]
-        mode = T.StreamingMode(s, self.scorer(64 * s.ttt_chunk_tokens), self.learner("streaming"))
+        scorer, learner = self.scorer(64 * s.ttt_chunk_tokens), self.learner("streaming")
+        with self.mode, self.device:
+            mode = T.StreamingMode(s, scorer, learner)
         chunks = count(1)
 
         def window() -> None:
@@ -848,7 +886,9 @@ def check_pieces(device: PretendedH100, args: argparse.Namespace, folder: str) -
         piece.check(device)
         say(piece.line())
         if piece.kind == "step" and not piece.error:
-            say(f"\n{piece.floors()}\n\nsaved for the backward pass: {piece.saved / 2**30:.1f} GiB\n")
+            largest = max(graph.widest_fp32 for graph in piece.graphs)
+            say(f"\n{piece.floors()}\n\nsaved for the backward pass: {piece.saved / 2**30:.1f} GiB")
+            say(f"largest fp32 tensor of a graph: {largest:,} elements\n")
         found.append(piece)
     return found
 

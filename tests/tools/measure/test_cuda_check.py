@@ -82,6 +82,17 @@ def test_a_steps_flop_are_those_of_the_formula(pieces):
     assert 1 < step["flop"] / expected < 1.003  # Newton-Schulz is the rest
 
 
+@needs_cuda_build
+@pytest.mark.slow
+def test_logits_of_a_large_vocabulary_are_never_whole_in_fp32():
+    """Those of a span, 98,304 x 8,192: softcap and cross-entropy are done piece by piece in the kernels."""
+    said = python("-m", "tools.measure.cuda_check", "--recipe", "frontier", "--only", "step")
+    (largest,) = re.findall(r"largest fp32 tensor of a graph: ([\d,]+) elements", said)
+    s = T.parse_settings({"RECIPE": "frontier"})
+    logits = s.train_batch_tokens // T.SPANS * s.vocab_size
+    assert 0 < int(largest.replace(",", "")) < logits / 10
+
+
 WRONG = """
 from unittest.mock import patch
 
@@ -186,6 +197,8 @@ def test_bad_arguments_give_one_line(arguments, told):
     "frames, part",
     [
         (["in logits\n  return cap * torch.tanh(x)"], "loss"),
+        (["in forward\n  return F.cross_entropy(logits, targets.flatten())"], "loss"),
+        (["in forward\n  u = mix[0] * lanes[0] + mix[1] * x0"], "residual mixes and norms"),
         (["in norm\n  return F.rms_norm(x)", "in logits\n  norm(x)"], "residual mixes and norms"),
         (["in logits\n  x0 = self.embed(tokens)[:, 2:]"], "embedding"),
         (["in norm\n  return F.rms_norm(x)", "in attend\n  k = norm(k)"], "rotary and head norms"),
@@ -211,6 +224,19 @@ def test_flop_of_products_and_of_attention_with_half_of_it_masked():
     assert cuda_check.flop_of(f"{forward}_backward", [*backward, False]) == 2.5 * whole
     assert cuda_check.flop_of(f"{forward}_backward", [*backward, True]) == 1.25 * whole
     assert cuda_check.flop_of("add", [a, a]) == 0
+    flat, at = torch.empty(6, 8, 64), torch.empty(3)  # tokens, heads, channels; pieces of 10 at most
+    assert cuda_check.flop_of("_varlen_attn", [flat, flat, flat, at, at, 10, 10]) == whole / 2
+    backward = [*[flat] * 6, at, at, 10, 10]
+    assert cuda_check.flop_of("_varlen_attn_backward", backward) == 1.25 * whole
+
+
+def test_the_largest_fp32_tensor_is_found_in_a_graphs_code():
+    code = """
+    buf0 = empty_strided_cuda((98304, 8192), (8192, 1), torch.bfloat16)
+    buf1 = empty_strided_cuda((8, 12288, 1), (12288, 1, 98304), torch.float32)
+    buf2 = empty_strided_cuda((512, ), (1, ), torch.float32)
+    """
+    assert cuda_check.widest(code) == 98304 and cuda_check.widest("") == 0
 
 
 def test_a_floor_is_the_longer_of_bytes_and_flop_and_parts_add_up():
