@@ -1,6 +1,7 @@
 """Every target is scored once, and weights learn only from what has been scored."""
 
 import math
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -404,8 +405,15 @@ def test_an_evaluation_goes_on_from_its_state(mode):
     assert [*first, *rest] == list(whole) and list(rest) == ["legal_ttt"]
 
 
+@pytest.fixture
+def graphs():
+    """Gives whether Inductor is to make CUDA graphs of what it compiles; as before afterwards."""
+    with torch._inductor.config.patch({"triton.cudagraphs": False}):
+        yield lambda: torch._inductor.config.triton.cudagraphs
+
+
 @pytest.mark.parametrize("mode", ["sliding", "streaming"])
-def test_compilation_runs_every_stage_and_leaves_no_trace(mode, capsys):
+def test_compilation_runs_every_stage_and_leaves_no_trace(mode, capsys, graphs):
     """It learns, too, however little time scoring has; it logs nothing but that it is done."""
     s = settings(EVAL_MODE=mode, EVAL_MAX_SECONDS=0.001, TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32)
     model, learnt = random_model(s), []
@@ -413,10 +421,47 @@ def test_compilation_runs_every_stage_and_leaves_no_trace(mode, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(T.Learner, "update", lambda *args: learnt.append(1) or update(*args))
         T.compile_scoring(T.Run(s, torch.device("cpu")), model, byte_tables())
-    assert len(learnt) == dict(sliding=2, streaming=1)[mode] and same(model.parameters(), before)
+    assert len(learnt) == dict(sliding=5, streaming=4)[mode] and same(model.parameters(), before)
     assert all(p.grad is None for p in model.parameters())
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("compiled took:")
+
+
+@pytest.mark.parametrize(
+    "given, made",
+    [
+        (dict(EVAL_MODE="streaming"), True),
+        (dict(EVAL_MODE="streaming", AUDIT=1), False),
+        (dict(EVAL_MODE="sliding"), False),
+    ],
+)
+def test_streams_that_no_audit_looks_at_become_cuda_graphs(given, made, graphs):
+    s = settings(TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32, **given)
+    T.compile_scoring(T.Run(s, torch.device("cpu")), random_model(s), byte_tables())
+    assert graphs() is made
+
+
+@pytest.mark.parametrize("fails_always", [False, True])
+def test_without_cuda_graphs_if_these_fail(fails_always, graphs, capsys, monkeypatch):
+    """It goes on, says why, and leaves the weights as they were; what fails without them, too, is told."""
+    s, update = settings(EVAL_MODE="streaming", TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32), T.Learner.update
+    model = random_model(s)
+    before, updates = snapshot(model.parameters()), []
+
+    def failing(*args):
+        update(*args)
+        updates.append(graphs())
+        if fails_always or graphs():
+            raise RuntimeError("capture is not allowed")
+
+    monkeypatch.setattr(T.Learner, "update", failing)
+    with pytest.raises(RuntimeError, match="capture") if fails_always else nullcontext():
+        T.compile_scoring(T.Run(s, torch.device("cpu")), model, byte_tables())
+    assert updates == ([True, False] if fails_always else [True] + 4 * [False])
+    assert same(model.parameters(), before) and graphs() is False
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "no_graphs fault:capture is not allowed"
+    assert fails_always or (lines[1].startswith("compiled") and lines[1].endswith("graphs:False"))
 
 
 def test_a_score_that_is_no_number_is_an_error():

@@ -165,7 +165,7 @@ def test_a_shard_that_changes_under_the_run_is_named(folder, monkeypatch, change
         (dict(PARALLEL_FROM=2), ["PARALLEL_FROM=2", "NUM_LAYERS=2"]),
         (dict(TRAIN_SEQ_SCHEDULE="16@0"), ["TRAIN_SEQ_SCHEDULE=16@0", "DOCUMENT_ATTENTION=0"]),
         (dict(NUM_LAYERS="two"), ["NUM_LAYERS='two'", "integer"]),
-        (dict(BETA1=2), ["BETA1='2'", "0.999999"]),
+        (dict(BETA2=2), ["BETA2='2'", "0.999999"]),
         (dict(EVAL_MODE="windows"), ["EVAL_MODE='windows'", "sliding or streaming"]),
         (dict(TRAIN_BATCH_TOKENS=500), ["TRAIN_BATCH_TOKENS=500", "TRAIN_SEQ_LEN=32"]),
         (dict(MODEL_DIM=34), ["MODEL_DIM=34", "NUM_HEADS=2"]),

@@ -12,7 +12,7 @@ from train_gpt import FIELDS, RunError, Settings, parse_settings
 RETIRED = {"TIE_EMBEDDINGS": "1", "EMBED_LR": "0.6", "HEAD_LR": "0.008", "TTT_FREEZE_BLOCKS": "0"}
 RETIRED |= {"MICRO_BATCH_TOKENS": "0", "SWA_ENABLED": "1", "SWA_EVERY": "50", "MATRIX_STEP": "1"}
 RETIRED |= {"LATE_QAT": "0", "LATE_QAT_THRESHOLD": "0.15", "EVAL_TIME_SOFT_CAP_SECONDS": "570"}
-RETIRED |= {"HOLDOUT_TOKENS": "524288"}
+RETIRED |= {"HOLDOUT_TOKENS": "524288", "BETA1": "0.9"}
 
 # Names that only our settings begin with; what Kubernetes sets for a service; others near a setting's
 OWN = re.compile("(TTT|MUON|ROPE|XSA|BIGRAM|EMA|SWA|QK_GAIN|WARMDOWN|LOOP|ATTN_GATE)_", re.I)

@@ -28,6 +28,8 @@ SCORED_STAGES = {
 }
 TEXTS = {
     "experts",
+    "fault",
+    "graphs",
     "hardware",
     "attention",
     "torch",
@@ -78,7 +80,7 @@ NUMBERS = {
 NAMES = "|".join(sorted(TEXTS | NUMBERS))
 PLAIN = re.compile(
     rf"(machine|data|warming_up|warm_up|swa|average|chosen|trained|quantized|compiled|progress|"
-    rf"checkpoint|resumed|dropped|audit|error)((?: (?:{NAMES}):.*)+)"
+    rf"checkpoint|resumed|dropped|no_graphs|audit|error)((?: (?:{NAMES}):.*)+)"
 )  # an event's name, then name:value of its values
 N = r"(\d+(?:\.\d+)?)"
 EXACT = r"(\d+\.\d{8,})"  # fewer digits: the line is cut

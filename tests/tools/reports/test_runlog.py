@@ -56,7 +56,8 @@ averaged eval_time:5000ms, peak memory 687 MiB
 averaged_exact val_loss:5.50527908 val_bpb:3.08305629
 quantized knob:1 took:1.5
 Total submission size int+rans: 2923801 bytes
-compiled took:61.3
+no_graphs fault:CUDA error: operation not permitted
+compiled took:61.3 graphs:False
 final_int6_roundtrip eval_time:7853ms, peak memory 1687 MiB
 final_int6_roundtrip_exact val_loss:5.51504779 val_bpb:3.08852676
 final_int6_sliding_window eval_time:29142ms, peak memory 1702 MiB
@@ -164,7 +165,8 @@ def test_each_line_is_the_event_that_it_stands_for():
         "artifact_bytes": 2923801 - len(SOURCE.encode()),
         "code_bytes": len(SOURCE.encode()),
     }
-    assert found["compiled"] == {"event": "compiled", "took": 61.3}
+    assert found["no_graphs"] == {"event": "no_graphs", "fault": "CUDA error: operation not permitted"}
+    assert found["compiled"] == {"event": "compiled", "took": 61.3, "graphs": "False"}
     assert found["ttt_chunk"] == {
         "event": "ttt_chunk",
         "chunk": 2,
@@ -217,7 +219,7 @@ def test_names_and_values_are_an_events_line_too():
             "torch:2.9.1+cu128 python:3.12.3 hooks:watch,audit"
             for line in written.values()
         )
-        and len(written) == 12
+        and len(written) == 13
     )
     assert events_of_text("\n".join(written.values())) == [json.loads(event) for event in written]
     assert events_of_text(
