@@ -260,3 +260,20 @@ def test_a_changed_token_changes_no_score_before_it(mode, ttt, dtype, recipe):
         found.append(scorer.hooks.nll)
     assert torch.equal(found[0][:200], found[1][:200])
     assert not torch.equal(found[0][200:], found[1][200:])
+
+
+@pytest.mark.parametrize("recipe", [{}, FRONTIER], ids=["record", "frontier"])
+def test_a_stream_of_cuda_graphs_scores_like_one_without(recipe):
+    """Compiled both ways, and learning twice from each chunk."""
+    changes = dict(EVAL_MODE="streaming", EVAL_SEQ_LEN=24, TTT_CHUNK_TOKENS=48, TTT_LR=0.02, TTT_EPOCHS=2)
+    s, found = settings(**recipe | changes), []
+    for graphs in (False, True):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch({"triton.cudagraphs": graphs}):
+            scorer = scorer_on_device(s, made_up_tokens(601), torch.float32)
+            scorer.model.on(DEVICE)
+            score_first_ttt(scorer, s)
+        found.append(scorer.hooks.nll)
+    difference = (found[0] - found[1]).abs()
+    print(f"with CUDA graphs at most {difference.max().item():.1e} nats apart")
+    assert difference[:72].max() < 1e-4 and difference.mean() < 1e-2  # later ones learnt from roundings

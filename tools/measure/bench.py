@@ -531,9 +531,9 @@ def factors_of(moments: dict[str, Tensor]) -> dict[str, T.Factor]:
 
 def bench_artifact(bench: Bench) -> Figures:
     """Measure calibrating, fitting the size limit, quantizing, packing and unpacking random weights, for each
-    process.
+    process; count parameters, bytes and FLOP.
     """
-    s = bench.s
+    s, code = bench.s, Path(T.__file__).stat().st_size
     times: dict[str, dict[str, float]] = {}
 
     def stage(name: str, action: Callable[[], Any]) -> Any:
@@ -543,14 +543,17 @@ def bench_artifact(bench: Bench) -> Figures:
         return made[-1]
 
     with trainer_of(bench) as trainer:
-        weights = trainer.model.state_dict()
+        model, flop = trainer.model, {}
+        weights = model.state_dict()
+        for model.looping in (False, True):
+            flop[model.looping], formula = forward_flop(model, s.train_seq_len)
         moments, fisher = stage("calibrate", trainer.calibrate)
-        base = T.base_steps(trainer.model, fisher)
+        base = T.base_steps(model, fisher)
 
         def size(knob: float) -> float:
             return T.estimate_bytes(T.quantize(weights, T.scaled(base, knob)))
 
-        knob = stage("fit", lambda: T.fit_knob(trainer.model, size, s.artifact_limit, 1.0))
+        knob = stage("fit", lambda: T.fit_knob(model, size, s.artifact_limit - code, 1.0))
         steps = T.scaled(base, knob)
         stored = stage("quantize", lambda: T.quantize(weights, steps, factors_of(moments)))
         data = stage("pack", lambda: T.pack_artifact(s, "0" * 64, stored))
@@ -558,6 +561,11 @@ def bench_artifact(bench: Bench) -> Figures:
     return {
         "artifact_ms": times,
         "artifact_bytes": len(data),
+        "with_code": len(data) + code,
+        "knob": knob,
+        "training_flop_per_token": 3 * flop[False],
+        "with_loops": 3 * flop[True],
+        "formula": formula,
         "parameters": sum(w.numel() for w in weights.values()),
         "peak_memory_mib": int(T.peak_memory()),
     }
@@ -606,6 +614,9 @@ def rows(found: Figures) -> list[list[str]]:
         lines += [time_row(stage, ms, f" of {found['steps']}")]
     if "artifact_bytes" in found:
         lines += [["bytes", f"{found['artifact_bytes']:,}", f"{found['parameters']:,} parameters, random"]]
+        lines += [["bytes with code", f"{found['with_code']:,}", f"knob {found['knob']:.3f}"]]
+        flop = f"{found['training_flop_per_token']:.4g}"
+        lines += [["training FLOP per token", flop, f"with loops {found['with_loops']:.4g}"]]
     lines += [["peak memory", f"{found['peak_memory_mib']:,} MiB", "of the first process"]]
     if "ms" in found:
         lines += [

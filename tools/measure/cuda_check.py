@@ -135,6 +135,7 @@ class Graph:
     saved: float  # bytes that it returns
     fp32_products: int
     widest_fp32: int = 0  # elements of its largest fp32 tensor
+    refused: str = "nobody asked"  # why it cannot become a CUDA graph, if so
     calls: int = 0
 
     def trigonometry(self) -> dict[str, list[str]]:
@@ -238,14 +239,12 @@ class Counting(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.found: Counter | None = None  # what is to be noted, while a piece runs
         self.launches: list[Launch] = []
-        self.may_wait = False  # then a value that is asked for is 1
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do an operator without its values."""
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and self.runs and args[0].device.type == "cuda":
             self.wait("a tensor's value is asked for (.item(), `if`)")
-            return True if args[0].dtype == torch.bool else 1
         out = super().dispatch(func, types, args, kwargs or {})
         if self.runs and not VIEWS.fullmatch(name):
             self.count(name, args, kwargs or {}, out)
@@ -257,10 +256,8 @@ class Counting(FakeTensorMode):
         return self.found is not None and torch._guards.TracingContext.try_get() is None
 
     def wait(self, why: str) -> None:
-        """Note that the host waits for the device. Raises RuntimeError, unless it may."""
-        if not self.may_wait:
-            raise RuntimeError(f"waits for the device: {why}")
-        self.found["values waited for"] += 1
+        """Raises RuntimeError: the host waits for the device."""
+        raise RuntimeError(f"waits for the device: {why}")
 
     def synchronize(self, device: Any = None) -> None:
         """Stand for torch.cuda.synchronize()."""
@@ -477,6 +474,18 @@ class PretendedH100:
                 return codegen_and_compile(*args)
 
         self.replace(scheduling, "define_kernel", define)
+
+        def make_cuda_graph(function: Any, **facts: Any) -> Any:
+            self.graphs[-1].refused = ""
+            return function
+
+        def refuse(reason: str) -> None:
+            self.graphs[-1].refused = reason
+
+        self.replace(compile_fx, "cudagraphify", make_cuda_graph)
+        self.replace(
+            import_module("torch._inductor.output_code"), "log_cudagraph_skip_and_bump_counter", refuse
+        )
         self.replace(compile_fx.GraphLowering, "compile_to_module", lambda graph: self.note_graph(graph))
         self.replace(compiler, "codegen_and_compile", compile_graph)
 
@@ -561,7 +570,6 @@ class Piece:
     name: str
     kind: str  # of PIECES
     action: Callable[[], object]
-    may_wait: bool = False
     error: str = ""
     graphs: list[Graph] = field(default_factory=list)  # that it compiled
     launches: int = 0
@@ -577,12 +585,13 @@ class Piece:
     def check(self, device: PretendedH100) -> None:
         """Do it once, which compiles, and again, which counts."""
         mode, first = device.mode, len(device.graphs)
-        mode.may_wait = self.may_wait
+        if self.kind == "stream":
+            torch._dynamo.reset()  # what other pieces compiled was to be no CUDA graph
         try:
             for _ in range(2):
                 mode.found, mode.launches = Counter(), []
                 before = [graph.calls for graph in device.graphs]
-                with mode:
+                with mode, import_module("torch._inductor.config").patch(self.options()):
                     self.action()
             before += [0] * (len(device.graphs) - len(before))
             self.notes = dict(mode.found)
@@ -597,6 +606,12 @@ class Piece:
         self.graphs = device.graphs[first:]
         if fp32 := sum(graph.fp32_products for graph in self.graphs):
             self.notes["compiled fp32 products"] = fp32
+        if self.kind == "stream":
+            self.notes["of the compiled no CUDA graphs"] = sum(bool(graph.refused) for graph in self.graphs)
+
+    def options(self) -> dict[str, Any]:
+        """Returns how Inductor compiles it: streams as CUDA graphs, each in one piece."""
+        return {"triton.cudagraphs": self.kind == "stream", "graph_partition": False}
 
     def add_up(self, launches: Iterable[Launch], phase: str, calls: int) -> None:
         """Add what is launched in so many calls."""
@@ -656,6 +671,7 @@ class Piece:
                 "kernels": len(graph.sources),
                 "trigonometry": graph.trigonometry(),
                 "widest_fp32": graph.widest_fp32,
+                "refused": graph.refused,
             }
             for graph in self.graphs
         ]
@@ -689,7 +705,8 @@ class Program:
         self.mode, self.device, self.W = device.mode, torch.device("cuda:0"), T.world_size()
         write_shard(Path(folder) / "fineweb_train_000000.bin", np.zeros(1 << 22, "<u2"))
         chunk = {"TTT_CHUNK_TOKENS": "2048"}
-        changes = {"sliding": {}, "streaming": {"EVAL_MODE": "streaming", **chunk}}
+        windows = {"EVAL_MODE": "sliding", "TTT_CHUNK_TOKENS": "32768"}
+        changes = {"sliding": windows, "streaming": {"EVAL_MODE": "streaming", **chunk}}
         given = {"DATA_PATH": folder, "RECIPE": recipe or "record"}
         self.settings = {mode: T.parse_settings(given | change) for mode, change in changes.items()}
         device.replace(T, "document_pieces", made_up_pieces)
@@ -706,7 +723,7 @@ class Program:
         """Gives the passes in the order in which a run does them."""
         spans, length = (self.spans.size(0), self.spans.size(1) - 1)
         yield Piece(f"training step, {spans} x {length:,} tokens", "step", self.step)
-        yield Piece("calibration, 4 sequences a rank", "calibrate", self.calibration(), may_wait=True)
+        yield Piece("calibration, 4 sequences a rank", "calibrate", self.calibration())
         yield Piece("sliding windows, 256 a rank", "score", self.windows())
         yield Piece("TTT in windows, a chunk, one epoch", "ttt", self.ttt())
         yield from self.stream()

@@ -162,14 +162,17 @@ def bring_up(checks: Checks) -> list[Command]:
 def training_step(checks: Checks) -> list[Command]:
     """Returns profiles of a step by each attention kernel.
 
-    The last is without Inductor's mix-order reduction, some of whose kernels spill registers.
+    Then without Inductor's mix-order reduction, some of whose kernels spill registers; the last chooses
+    among Triton's products, into which activations can be fused, by timing them.
     """
     commands = []
     for kernel in checks.size.kernels or ("",):  # "": PyTorch's choice
         profile = checks.file(f"step_{kernel or 'default'}", "json.gz")
         chosen = ("--attention", kernel) if kernel else ()
         commands.append(bench(checks, "step", ("train", *chosen, "--profile", str(profile)), {}))
-    return [*commands, bench(checks, "step", ("train",), {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0})]
+    for option in ({"TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0}, {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": 1}):
+        commands.append(bench(checks, "step", ("train",), option))
+    return commands
 
 
 STREAM: Settings = {  # frontier's way to score, on the record's model
@@ -191,6 +194,7 @@ def scoring(checks: Checks) -> list[Command]:
         bench(checks, "eval", ("ttt",), {"RECIPE": "record"}),
         bench(checks, "eval", ("score",), STREAM),
         bench(checks, "eval", ("ttt",), STREAM),
+        bench(checks, "eval", ("ttt",), {**STREAM, "TORCHINDUCTOR_CUDAGRAPHS": 1}),
     ]
 
 
@@ -223,7 +227,7 @@ ENTRIES = {
     "data": Entry(nothing, "shards for the others; needs no GPU", "1"),
     "0": Entry(right, "right at all: parity, attention kernels, streams, causality", "1", needs_data=False),
     "1": Entry(bring_up, "bring-up: 100 s of training, artifact, scoring and TTT, audited", "5"),
-    "2": Entry(training_step, "where a training step goes: attention kernels, micro-batches", "4"),
+    "2": Entry(training_step, "where a training step goes: attention kernels, ways to compile", "5"),
     "3": Entry(scoring, "speed of scoring and TTT, in windows and streaming", "4"),
     "4": Entry(quality, f"quality after 240 s of training: {', '.join(VARIANTS)}", "8 each"),
 }

@@ -113,6 +113,15 @@ def test_artifact(capsys):
     assert {"quantize", "pack", "unpack"} <= set(found["artifact_ms"])
     assert all(0 < ms["least"] <= ms["most"] for ms in found["artifact_ms"].values())
     assert found["parameters"] / 4 < found["artifact_bytes"] < 2 * found["parameters"]
+    assert found["with_code"] == found["artifact_bytes"] + Path(T.__file__).stat().st_size
+    assert found["training_flop_per_token"] == found["with_loops"] > 6 * found["parameters"] / 2  # no loops
+
+
+def test_layers_that_run_again_count_again(capsys, monkeypatch):
+    monkeypatch.setenv("LOOP_LAYERS", "0-1")
+    monkeypatch.setenv("LOOP_COUNT", "2")
+    found = run_json(capsys, "artifact", "--steps", "1")
+    assert 2 < found["with_loops"] / found["training_flop_per_token"] < 3
 
 
 def test_the_table_and_the_json_say_the_same(capsys, tmp_path):

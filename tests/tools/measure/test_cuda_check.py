@@ -43,12 +43,11 @@ def pieces(tmp_path_factory):
 
 @needs_cuda_build
 @pytest.mark.slow
-def test_every_pass_compiles_for_cuda_and_none_but_the_calibration_waits(pieces):
-    assert {piece["kind"] for piece in pieces.values()} == set(cuda_check.PIECES) and len(pieces) == 7
+def test_every_pass_compiles_for_cuda_and_none_waits(pieces):
+    assert {piece["kind"] for piece in pieces.values()} == set(cuda_check.PIECES) and len(pieces) == 6
     for name, piece in pieces.items():
         assert not piece["error"], name
         assert piece["launches"] > 100 and piece["floor"] > 0
-        assert ("values waited for" in piece["notes"]) == (piece["kind"] == "calibrate")
 
 
 @needs_cuda_build
@@ -57,6 +56,16 @@ def test_no_compiled_graph_computes_trigonometry(pieces):
     graphs = [graph for piece in pieces.values() for graph in piece["graphs"]]
     assert len(graphs) > 20 and sum(graph["kernels"] for graph in graphs) > 200
     assert not any(graph["trigonometry"] for graph in graphs)
+
+
+@needs_cuda_build
+@pytest.mark.slow
+def test_all_that_is_compiled_for_a_stream_may_become_cuda_graphs(pieces):
+    streams = [piece for piece in pieces.values() if piece["kind"] == "stream"]
+    assert len(streams) == 2 and max(len(piece["graphs"]) for piece in streams) > 5
+    for piece in streams:
+        assert [graph["refused"] for graph in piece["graphs"]] == [""] * len(piece["graphs"])
+        assert piece["eager"] + piece["calls"] < piece["launches"] / 4 or piece["name"].endswith("window")
 
 
 @needs_cuda_build
@@ -149,8 +158,8 @@ def test_what_would_fail_or_wait_is_told_in_one_line_each():
     assert lines[4].startswith("devices: FAILED: ") and "cuda" in lines[4] and "cpu" in lines[4]
     assert lines[5].startswith("break: FAILED: ") and "graph_break" in lines[5]
     assert lines[6].startswith("operator: FAILED: ") and "no_such_operator" in lines[6]
-    one = "1 launches (0 outside of graphs), 1 graphs compiled, 0.00 GB, 0.00 TFLOP, floor 0.00 ms"
-    assert lines[7:9] == [f"angles: {one}", f"fine: {one}"]
+    one = "1 launches (0 outside of graphs), 1 calls of graphs, 1 graphs compiled, 0.00 GB, 0.00 TFLOP"
+    assert lines[7:9] == [f"angles: {one}, floor 0.00 ms", f"fine: {one}, floor 0.00 ms"]
     assert lines[9] == "cos, sin or pow in kernels of the 2 graphs: 1"
     assert lines[10].startswith("  graph 1 (outside the model): cos in triton_poi_fused_")
     assert lines[11].startswith("Triton for sm_90a: 2 kernels in ") and lines[11].endswith(

@@ -110,9 +110,10 @@ def test_what_has_to_be_right_is_tested_on_the_gpu():
     assert not ENTRIES["0"].needs_data and "GPU_TESTS_DEVICE=cpu " in titles("0", DRY)[0]
 
 
-def test_a_step_is_profiled_with_each_kernel_and_once_without_mix_order_reduction():
-    *steps, plain = ENTRIES["2"].commands(checks_at(FULL))
+def test_a_step_is_profiled_with_each_kernel_and_timed_as_compiled_otherwise():
+    *steps, plain, tuned = ENTRIES["2"].commands(checks_at(FULL))
     assert plain.settings == {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": 0}
+    assert tuned.settings == {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": 1} and tuned.words == plain.words
     chosen = [word for command in steps for word in command.words if word in ("cudnn", "flash")]
     assert chosen == ["cudnn", "flash"]
     assert {command.words[-5:-2] for command in steps} == {("--shards", "--steps", "20")}
@@ -122,7 +123,7 @@ def test_a_step_is_profiled_with_each_kernel_and_once_without_mix_order_reductio
 def test_scoring_is_measured_in_windows_at_both_strides_and_streaming():
     found = [
         (command.words[2], *(f"{name}={value}" for name, value in command.settings.items()))[:3]
-        for command in ENTRIES["3"].commands(checks_at(FULL))
+        for command in ENTRIES["3"].commands(checks_at(FULL))[:-1]
     ]
     assert found == [
         ("score", "RECIPE=record"),
@@ -132,6 +133,8 @@ def test_scoring_is_measured_in_windows_at_both_strides_and_streaming():
         ("ttt", "RECIPE=record", "EVAL_MODE=streaming"),
     ]
     assert "EVAL_STRIDE=64 " in titles("3", DRY)[1]
+    *_, stream, graphs = titles("3", FULL)
+    assert graphs.replace(" TORCHINDUCTOR_CUDAGRAPHS=1", "") == stream != graphs
 
 
 def test_qualities_are_compared_after_the_same_time():
@@ -211,7 +214,7 @@ def test_the_list_has_all_entries_with_their_minutes(capsys):
     gpu_checks.main(["--list"])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0].strip() for row in rows] == ["data", "0", "1", "2", "3", "4"]
-    assert [row[2].strip() for row in rows][1:] == ["1", "5", "4", "4", "8 each"]
+    assert [row[2].strip() for row in rows][1:] == ["1", "5", "5", "4", "8 each"]
 
 
 @pytest.mark.parametrize(
