@@ -510,3 +510,10 @@ def test_no_setting_makes_a_variable_of_the_machine_a_misspelt_one(monkeypatch):
         monkeypatch.setitem(T.FIELDS, name, T.FIELDS["SEED"])
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "TORCH_LOGS", "TORCHELASTIC_RUN_ID"):
         assert not spelling.nearest.__wrapped__(name)
+
+
+def test_a_line_of_the_log_shows_values_as_they_are(capsys):
+    log = T.Log()
+    log.event("stopped", "go on with {path}, {share:.1%}", path="{x} {0}", share=0.5)
+    log.event("data", number=1234567.0, path="{}")
+    assert capsys.readouterr().out == "go on with {x} {0}, 50.0%\ndata number:1.23457e+06 path:{}\n"

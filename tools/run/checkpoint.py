@@ -225,7 +225,7 @@ class Checkpoints(Hooks):
                 pending.result()
         except OSError as e:
             self.saved = self.path if self.path.exists() else None
-            line = f"checkpoint {self.path} could not be written: {e}; going on"
+            line = "checkpoint {path} could not be written: {reason}; going on"
             self.run.log.event("checkpoint_failed", line, path=str(self.path), reason=str(e))
 
     def begin_loop(self, visit: int) -> None:
@@ -314,7 +314,7 @@ class Checkpoints(Hooks):
     def on_stopped(self) -> None:
         """Log how to go on, and tell the other ranks unless they stop, too."""
         self.finish()
-        how = f"go on with RESUME={self.saved}" if self.saved else "nothing is saved"
+        how = "go on with RESUME={path}" if self.saved else "nothing is saved"
         name = self.signalled or "a signal"  # that came to another rank
         self.run.log.event("stopped", f"stopped by {name}; {how}", path=str(self.saved or ""))
         if self.watch is not None:

@@ -30,6 +30,6 @@ class Experts(Hooks):
         """Log them."""
         for expert, nats, weights in zip(self.names, self.nats, self.weights, strict=True):
             bpb, mean = score._replace(nats=nats).val_bpb, sum(weights) / len(weights)
-            line = f"expert {expert} bpb:{bpb:.6f} mean_weight:{mean:.4f}"
+            line = f"expert {{expert}} bpb:{{bpb:.6f}} mean_weight:{mean:.4f}"
             self.run.log.event("expert", line, expert=expert, bpb=bpb, weights=weights)
         self.names = []

@@ -45,7 +45,7 @@ class Progress(Hooks):
         elif now > self.last + PAUSE and done > self.first:
             self.last = now
             left = (now - self.start) * (1 - done) / (done - self.first)
-            line = f"progress: {stage} {done:.0%}, {left:.0f} s left"
+            line = "progress: {stage} {done:.0%}, {left:.0f} s left"
             self.run.log.event("progress", line, stage=stage, done=done, left=left)
         if done >= 1:
             self.close()

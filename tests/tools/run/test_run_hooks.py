@@ -32,7 +32,7 @@ class Log(T.Log):
         self.lines = []
 
     def event(self, name, line="", **values):
-        self.lines.append(line)
+        self.lines.append(line.format_map(values))
 
 
 def progress():
