@@ -48,6 +48,7 @@ import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import varlen
+from torch.utils._pytree import tree_map_only
 
 Value = TypeVar("Value")
 State = dict[str, Any]
@@ -124,7 +125,7 @@ class Settings:
     calibration_tokens: int = setting(524288, "training tokens to calibrate by", low=1)
     artifact_path: str = local("", "file of the artifact; empty: logs/RUN_ID.bin")
     artifact_limit: int = local(16_000_000, "most bytes of artifact and code", low=1)
-    eval_only: bool = local(False, "do not train, only score ARTIFACT_PATH")
+    eval_only: bool = local(False, "only score ARTIFACT_PATH")
     checkpoint_every: float = local(0.0, "seconds between checkpoints; 0: on SIGTERM")
     resume: str = local("", "checkpoint to go on from; auto: RUN_ID's, if any")
     audit: bool = local(False, "check scoring against the challenge's rules")
@@ -140,7 +141,7 @@ class Settings:
     logit_softcap: float = fixed(30.0, "bound of the logits, by tanh", low=0.001)
     qk_gain_init: float = fixed(1.5, "first gain of the queries", frontier=5.25)
     ln_scale: bool = fixed(True, "scale layers' inputs by 1 / sqrt(layer + 1)")
-    xsa_last_n: int = fixed(4, "last layers that drop what lies along a position's value", frontier=11)
+    xsa_last_n: int = fixed(4, "last layers whose attention drops its own value", frontier=11)
     bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none", frontier=0)
     bigram_dim: int = fixed(128, "width of the bigram table", low=1)
     ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS", frontier=False)
@@ -148,7 +149,7 @@ class Settings:
     ve_layers: tuple[int, ...] = fixed((9, 10), "layers that add value embeddings")
     tied_embed_init_std: float = fixed(0.005, "deviation of the first token table")
     smear: str = fixed("channel", "gates of the token before", choices=("channel", "token"), frontier="token")
-    skip_gates: bool = fixed(False, "mix skips in by gates instead of adding them", frontier=True)
+    skip_gates: bool = fixed(False, "mix skips in by gates, do not add them", frontier=True)
     attn_gate_channels: int = fixed(0, "input channels that gate each head; 0: none", frontier=12)
     attn_gate_scale: float = fixed(0.5, "factor of these gates' logits")
     parallel_from: int = fixed(-1, "first layer of two residual lanes; -1: none", low=-1, frontier=8)
@@ -171,10 +172,10 @@ class Settings:
     adam_wd: float = setting(0.04, "AdamW's weight decay", frontier=0.02)
     beta2: float = setting(0.95, "AdamW's decay of the squared gradient", high=0.999999, frontier=0.99)
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
-    grad_clip_norm: float = setting(0.3, "most norm of the whole gradient; 0: no limit")
+    grad_clip_norm: float = setting(0.3, "most norm of the gradient; 0: no limit")
 
     ema_enabled: bool = setting(True, "average the weights exponentially")
-    ema_decay: float = setting(0.997, "decay of the exponential average, per step", high=1, frontier=0.9965)
+    ema_decay: float = setting(0.997, "its decay per step", high=1, frontier=0.9965)
 
     eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2, frontier=3072)
     eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
@@ -191,9 +192,9 @@ class Settings:
     ttt_entropy_high: float = setting(2.1, "nats above which a chunk is hard")
     ttt_entropy_low: float = setting(1.75, "nats below which a chunk is easy")
     ttt_lr: float = setting(0.002, "learning rate; with windows the peak of a cosine", frontier=0.01)
-    ttt_epochs: int = setting(3, "times that a chunk is learnt from", low=1, frontier=1)
+    ttt_epochs: int = setting(3, "times to learn from a chunk", low=1, frontier=1)
     ttt_chunk_tokens: int = setting(32768, "tokens scored, then learnt from", low=2, frontier=2048)
-    ttt_batch_seqs: int = setting(32, "sequences per update, in sliding mode", low=1)
+    ttt_batch_seqs: int = setting(32, "sequences per update of windows", low=1)
     ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
     ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
     ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1, frontier=0.005)
@@ -203,7 +204,7 @@ class Settings:
         "streams to mix, as lr=0;lr=0.02,chunk=64",
         frontier="lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.04,weights=others;lr=0.01,epochs=2",
     )
-    ttt_share: float = setting(0.2, "share of their weights that goes back to the average", high=1)
+    ttt_share: float = setting(0.2, "share of weights that goes back to the average", high=1)
     ttt_share_tokens: int = setting(100, "tokens that it looks back on", low=1)
 
     @property
@@ -1859,7 +1860,7 @@ class Ensemble(Stateful):
 
     def state_dict(self) -> State:
         """Returns what all ranks' experts have come to."""
-        own = {name: ttt.state_dict() for name, ttt in self.now.items()}
+        own = {name: tree_map_only(Tensor, Tensor.cpu, ttt.state_dict()) for name, ttt in self.now.items()}
         return {"done": dict(self.done), "begun": self.begun | dict(ChainMap(*gather(own)))}
 
     def load_state_dict(self, state: State) -> None:
