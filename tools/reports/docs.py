@@ -253,6 +253,34 @@ def quantizers_part(path: Path) -> str:
         raise RunError(f"{path}: no figures of tools.measure.quant_report ({e}); measure again") from None
 
 
+def full_size_part(logs: Path) -> str:
+    """Returns what the recipes cost at full size, as bench artifact and cuda_check count. Raises RunError."""
+    rows = []
+    for recipe, name in (("record", "cuda_check.txt"), ("frontier", "cuda_check_frontier.txt")):
+        path = logs / f"full_size_{recipe}.json"
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            step = re.search(
+                r"^training step, 8 x .*, floor ([\d.]+) ms", (logs / name).read_text("utf-8"), re.M
+            )
+            flop = [f"{found[what] / 1e6:,.0f}" for what in ("training_flop_per_token", "with_loops")]
+            size, code_size = found["with_code"], found["with_code"] - found["artifact_bytes"]
+            parameters = f"{found['parameters']:,}"
+            rows.append([f"`{recipe}`", parameters, *flop, f"{size:,}", f"{code_size:,}", step[1]])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{path}, {name}: no figures of bench artifact and cuda_check") from None
+    header = [
+        "recipe",
+        "parameters",
+        "MFLOP a token",
+        "with loops",
+        "bytes",
+        "of these code",
+        "step's floor (ms)",
+    ]
+    return table(header, rows, right=6)
+
+
 def scoring_part(path: Path) -> str:
     """Returns ways to score, from the figures of tools.measure.bench_eval. Raises RunError, OSError."""
     try:
@@ -286,6 +314,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
     "tools": ("docs/tools.md", tools_part),
     "settings": ("docs/settings.md", lambda root: settings_part()),
     "recipes": ("docs/frontier.md", lambda root: recipes_part()),
+    "full-size": ("docs/frontier.md", lambda root: full_size_part(root / "logs")),
     "speed": ("docs/gpu.md", lambda root: speed_part(bench_results(root / "logs"))),
     "quantizers": ("docs/experiments.md", lambda root: quantizers_part(root / "logs/quantizers.json")),
     "ablation": (
@@ -293,6 +322,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
         lambda root: ablation_part([root / "logs/ablation.json", root / "logs/ablation_seeds.json"]),
     ),
     "ablation-42": ("docs/experiments.md", lambda root: ablation_part([root / "logs/ablation_42.json"])),
+    "tuning": ("docs/experiments.md", lambda root: ablation_part([root / "logs/tuning.json"])),
     "experts": ("docs/experiments.md", lambda root: experts_part(sorted(root.glob("logs/experts_*.json")))),
     "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),
 }

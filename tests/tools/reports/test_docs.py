@@ -34,7 +34,12 @@ After.
 """,
     "docs/tools.md": "<!-- generated: tools -->\n<!-- end -->\n",
     "docs/settings.md": "# Settings\n\n<!-- generated: settings -->\n<!-- end -->\n",
-    "docs/frontier.md": "# Settings\n\n<!-- generated: recipes -->\n<!-- end -->\n",
+    "docs/frontier.md": """<!-- generated: recipes -->
+<!-- end -->
+
+<!-- generated: full-size -->
+<!-- end -->
+""",
     "docs/gpu.md": "<!-- generated: speed -->\n<!-- end -->\n",
     "docs/experiments.md": """<!-- generated: quantizers -->
 <!-- end -->
@@ -43,6 +48,9 @@ After.
 <!-- end -->
 
 <!-- generated: ablation-42 -->
+<!-- end -->
+
+<!-- generated: tuning -->
 <!-- end -->
 
 <!-- generated: experts -->
@@ -78,10 +86,18 @@ def ablation_of(seed):
     }
 
 
+FULL_SIZE = {
+    "parameters": 1000,
+    "training_flop_per_token": 2.5e8,
+    "with_loops": 3.75e8,
+    "artifact_bytes": 900,
+    "with_code": 1020,
+}
 ALL = (
     "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, recipes in docs/frontier.md, "
-    "speed in docs/gpu.md, quantizers in docs/experiments.md, ablation in docs/experiments.md, "
-    "ablation-42 in docs/experiments.md, experts in docs/experiments.md, scoring in docs/experiments.md"
+    "full-size in docs/frontier.md, speed in docs/gpu.md, quantizers in docs/experiments.md, "
+    "ablation in docs/experiments.md, ablation-42 in docs/experiments.md, tuning in docs/experiments.md, "
+    "experts in docs/experiments.md, scoring in docs/experiments.md"
 )
 TOOL = '''"""Count the words of a log.
 
@@ -163,9 +179,18 @@ def folder(tmp_path, monkeypatch):
     Path("logs/demo.txt").write_text(make_log(), "utf-8")
     Path("logs/quantizers.json").write_text(json.dumps(QUANTIZERS))
     Path("logs/bench_eval.json").write_text(json.dumps(SCORING))
-    for name, seed in (("ablation", 1), ("ablation_seeds", 2), ("ablation_42", 42)):
+    names = ("ablation", "ablation_seeds", "ablation_42", "tuning")
+    for name, seed in zip(names, (1, 2, 42, 7), strict=True):
         Path(f"logs/{name}.json").write_text(json.dumps(ablation_of(seed)))
     Path("logs/experts_02.json").write_text(json.dumps(EXPERTS))
+    for recipe, name, step in (
+        ("record", "cuda_check", "420.5"),
+        ("frontier", "cuda_check_frontier", "860.25"),
+    ):
+        Path(f"logs/full_size_{recipe}.json").write_text(json.dumps(FULL_SIZE))
+        Path(f"logs/{name}.txt").write_text(
+            f"PyTorch\ntraining step, 8 x 98,304 tokens: 3 launches, floor {step} ms; more\n"
+        )
     return tmp_path
 
 
@@ -320,6 +345,20 @@ def test_the_ablations_part_joins_its_files(folder):
         docs.ablation_part(paths)
 
 
+def test_the_full_size_part_counts_and_says_which_log_lacks_what(folder):
+    text = docs.full_size_part(Path("logs"))
+    assert cells(text)[1:] == [
+        ["`record`", "1,000", "250", "375", "1,020", "120", "420.5"],
+        ["`frontier`", "1,000", "250", "375", "1,020", "120", "860.25"],
+    ]
+    Path("logs/cuda_check_frontier.txt").write_text("training step, 8 x 98,304 tokens: FAILED")
+    told = (
+        "logs/full_size_frontier.json, cuda_check_frontier.txt: no figures of bench artifact and cuda_check"
+    )
+    with pytest.raises(RunError, match=told):
+        docs.full_size_part(Path("logs"))
+
+
 def test_the_experts_part_compares_mixtures_with_the_best_alone(folder):
     path = Path("logs/experts_02.json")
     mixed = "| 2.3125 (+0.0625) | 2.1250 (-0.1250) | 30, 60  |"
@@ -466,7 +505,7 @@ def test_this_projects_generated_parts_are_up_to_date_and_the_demos_scores_are_i
     for name in ("README.md", "docs", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "logs").mkdir()
-    for path in ROOT.glob("logs/*.json*"):
+    for path in (*ROOT.glob("logs/*.json*"), *ROOT.glob("logs/cuda_check*.txt")):
         (tmp_path / "logs" / path.name).write_text(committed(f"logs/{path.name}"), "utf-8")
     text = committed("logs/demo.txt")
     (tmp_path / "logs/demo.txt").write_text(text, "utf-8")
@@ -511,6 +550,7 @@ def test_commands_settings_and_places_that_a_page_names_exist(page):
 NO_SETTINGS = {
     "OMP_NUM_THREADS",
     "TORCH_COMPILE_DISABLE",
+    "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM",
     "TORCHINDUCTOR_MIX_ORDER_REDUCTION",
     "EVAL_MODES",
     "MAX_",
