@@ -6,6 +6,9 @@
 Each expert reads on its own, as in a run; what it says of each token is kept in --keep, where one that has
 read is not run again. Mixtures then cost seconds: each --mix (numbers in --experts; all of them without one)
 with each --share and each --look-back. Settings are those of the artifact, over them the environment's.
+
+--cache adds members that only count: what has followed the same last tokens in the document. Their numbers
+go on behind the experts'. train_gpt.py has none of them yet.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import train_gpt as T
 from tools.common.cli import Parser, check_folder_of, ends_in_one_line, positive, say
@@ -75,6 +79,30 @@ def experts_losses(args: argparse.Namespace, s: T.Settings, weights: Weights) ->
     return found
 
 
+def seen_before(keys: Tensor) -> Tensor:
+    """Returns how often each of the keys (N,), none below 0, has come before, int64."""
+    order, at = keys.argsort(stable=True), torch.arange(len(keys))
+    first = keys[order].diff(prepend=keys.new_tensor([-1])) != 0  # of its kind
+    return torch.empty_like(at).scatter_(0, order, at - torch.where(first, at, 0).cummax(0).values)
+
+
+def cache_losses(tokens: Tensor, vocab_size: int, length: int) -> Tensor:
+    """Returns -log p in nats (N,) fp64 of the targets of tokens (N + 1,), by counts of the document so far.
+
+    p_k(y) = (times that y has followed the last k tokens + p_{k-1}(y)) / (times that anything has + 1), for k
+    from 0, p_-1 = 1 / V, up to `length`: prediction by partial matching (Cleary and Witten 1984). For each
+    token it is a distribution over all, fixed before the target is seen.
+    """
+    x, y, p = tokens[:-1].long(), tokens[1:].long(), torch.full((len(tokens) - 1,), 1 / vocab_size).double()
+    context = (x == T.BOS).cumsum(0)
+    for k in range(length + 1):
+        if k:
+            before = torch.cat((torch.zeros(k - 1, dtype=torch.long), x))[: len(x)]  # the k-th token back
+            context = (context * vocab_size + before).unique(return_inverse=True)[1]
+        p = (seen_before(context * vocab_size + y) + p) / (seen_before(context) + 1)
+    return -p.log()
+
+
 def mixtures(args: argparse.Namespace, found: list[dict[str, Any]], size: T.Score) -> list[dict[str, Any]]:
     """Returns the score of each set with each share and look-back; `size` knows the text's bytes."""
     rows = []
@@ -119,6 +147,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--experts", required=True, help="as TTT_EXPERTS")
     parser.add_argument("--tokens", type=positive, help="score the shard's first N tokens (all)", metavar="N")
     parser.add_argument("--keep", type=Path, help="folder of experts' scores")
+    parser.add_argument(
+        "--cache", type=int, nargs="+", default=[], help="also caches of so many tokens", metavar="N"
+    )
     parser.add_argument("--mix", type=numbers, action="append", help="experts to mix, such as 0,2,3 (all)")
     parser.add_argument("--share", type=float, nargs="+", default=[0.2], help="(%(default)s)")
     parser.add_argument("--look-back", type=positive, nargs="+", default=[100], help="targets (%(default)s)")
@@ -132,12 +163,17 @@ def main(argv: list[str] | None = None) -> None:
         weights = read_weights(args.file)
         own = {"EVAL_MODE": "streaming", "TTT_ENABLED": "1", "TTT_EXPERTS": args.experts}
         s = weights.settings(os.environ | own | {"EVAL_MAX_SECONDS": "1e9"})
-        count = len(T.expert_settings(s))
+        count = len(T.expert_settings(s)) + len(args.cache)
         for bad in (k for mix in args.mix or [] for k in mix if not 0 <= k < count):
             raise T.RunError(f"--mix: {bad} is no number of an expert")
         experts = experts_losses(args, s, weights)
         tables, _ = tables_on(torch.device("cpu"), s)
         ids = torch.from_numpy(T.Shard(args.shard).read(0, len(experts[0]["losses"]) + 1).astype(np.int64))
+        for length in args.cache:
+            start = time.perf_counter()
+            losses = cache_losses(ids, s.vocab_size, length).float().numpy()
+            took = time.perf_counter() - start
+            experts.append({"expert": f"cache of {length} tokens", "losses": losses, "seconds": took})
         size = T.Score(tokens=len(ids) - 1, bytes=int(tables.count(ids[:-1], ids[1:]).sum()))
         found = {
             "title": args.title or args.file.stem,
