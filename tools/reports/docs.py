@@ -323,6 +323,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
     ),
     "ablation-42": ("docs/experiments.md", lambda root: ablation_part([root / "logs/ablation_42.json"])),
     "tuning": ("docs/experiments.md", lambda root: ablation_part([root / "logs/tuning.json"])),
+    "tuning-8": ("docs/experiments.md", lambda root: ablation_part([root / "logs/tuning_8.json"])),
     "experts": ("docs/experiments.md", lambda root: experts_part(sorted(root.glob("logs/experts_*.json")))),
     "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),
 }

@@ -53,6 +53,9 @@ After.
 <!-- generated: tuning -->
 <!-- end -->
 
+<!-- generated: tuning-8 -->
+<!-- end -->
+
 <!-- generated: experts -->
 <!-- end -->
 
@@ -97,7 +100,7 @@ ALL = (
     "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, recipes in docs/frontier.md, "
     "full-size in docs/frontier.md, speed in docs/gpu.md, quantizers in docs/experiments.md, "
     "ablation in docs/experiments.md, ablation-42 in docs/experiments.md, tuning in docs/experiments.md, "
-    "experts in docs/experiments.md, scoring in docs/experiments.md"
+    "tuning-8 in docs/experiments.md, experts in docs/experiments.md, scoring in docs/experiments.md"
 )
 TOOL = '''"""Count the words of a log.
 
@@ -179,8 +182,8 @@ def folder(tmp_path, monkeypatch):
     Path("logs/demo.txt").write_text(make_log(), "utf-8")
     Path("logs/quantizers.json").write_text(json.dumps(QUANTIZERS))
     Path("logs/bench_eval.json").write_text(json.dumps(SCORING))
-    names = ("ablation", "ablation_seeds", "ablation_42", "tuning")
-    for name, seed in zip(names, (1, 2, 42, 7), strict=True):
+    names = ("ablation", "ablation_seeds", "ablation_42", "tuning", "tuning_8")
+    for name, seed in zip(names, (1, 2, 42, 7, 8), strict=True):
         Path(f"logs/{name}.json").write_text(json.dumps(ablation_of(seed)))
     Path("logs/experts_02.json").write_text(json.dumps(EXPERTS))
     for recipe, name, step in (
