@@ -914,11 +914,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check the pieces."""
     parser = Parser(__doc__)
     parser.add_argument("--world", type=int, choices=(1, 8), default=1, help="processes")
-    parser.add_argument(
-        "--recipe",
-        choices=(*T.RECIPES,),
-        help="whose settings; else the record's, the best's for TTT in a stream",
-    )
+    parser.add_argument("--recipe", choices=(*T.RECIPES,), help="whose settings (the record's)")
     parser.add_argument("--only", type=kinds, default=list(PIECES), help=f"of {','.join(PIECES)}")
     parser.add_argument("--ptx", action="store_true", help="also compile each Triton kernel by ptxas")
     parser.add_argument("--json", type=Path, help="file for the figures")
