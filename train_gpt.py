@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import chain, count, cycle, islice, pairwise
+from itertools import chain, count, cycle, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -43,7 +43,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 
-# First, or its defaults keep the process group, and the end may abort (pytorch issue 190489)
+# First, or the end may abort (pytorch issue 190489)
 import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,28 +107,28 @@ class Settings:
     vocab_size: int = setting(1024, "tokens of the tokenizer", low=2, high=65536, frontier=8192)
 
     run_id: str = local("", "name of logs/RUN_ID.txt; empty: a UUID")
-    seed: int = setting(1337, "seed of the first weights", high=2**32 - 1)
-    iterations: int = setting(20000, "most training steps")
-    max_wallclock_seconds: float = setting(600.0, "most seconds of training; 0: no limit")
-    warmup_steps: int = setting(20, "steps before the clock starts, then undone")
-    warmdown_iters: int = setting(3500, "last steps, in which the rate falls")
+    seed: int = setting(1337, "of the first weights", high=2**32 - 1)
+    iterations: int = setting(20000, "training steps")
+    max_wallclock_seconds: float = setting(600.0, "seconds of training; 0: no limit")
+    warmup_steps: int = setting(20, "steps before the clock starts, undone")
+    warmdown_iters: int = setting(3500, "last steps, the rate falls")
     warmdown_fraction: float = setting(0.0, "or last share of training, if above 0", high=1, frontier=0.85)
     min_lr: float = setting(0.0, "least factor of the rate", high=1, frontier=0.1)
-    train_batch_tokens: int = setting(786432, "tokens per training step", low=8)
-    train_seq_len: int = setting(2048, "tokens per training sequence or piece", low=2, frontier=3072)
+    train_batch_tokens: int = setting(786432, "tokens per step", low=8)
+    train_seq_len: int = setting(2048, "tokens per sequence or piece", low=2, frontier=3072)
     train_seq_schedule: Schedule = setting(
         (), "pieces by share of training, as 512@0,1024@0.3", frontier=((1024, 0.0), (2048, 0.1), (3072, 0.7))
     )
-    train_log_every: int = setting(500, "steps between lines of the log; 0: none")
-    val_loss_every: int = setting(4000, "steps between validations; 0: only the last")
-    val_batch_size: int = setting(524288, "validation tokens that 8 processes read at once", low=8)
+    train_log_every: int = setting(500, "steps between log lines; 0: none")
+    val_loss_every: int = setting(4000, "steps between validations; 0: the last")
+    val_batch_size: int = setting(524288, "tokens that 8 processes score at once", low=8)
     calibration_tokens: int = setting(524288, "training tokens to calibrate by", low=1)
-    artifact_path: str = local("", "file of the artifact; empty: logs/RUN_ID.bin")
+    artifact_path: str = local("", "artifact; empty: logs/RUN_ID.bin")
     artifact_limit: int = local(16_000_000, "most bytes of artifact and code", low=1)
     eval_only: bool = local(False, "only score ARTIFACT_PATH")
     checkpoint_every: float = local(0.0, "seconds between checkpoints; 0: on SIGTERM")
-    resume: str = local("", "checkpoint to go on from; auto: RUN_ID's, if any")
-    audit: bool = local(False, "check scoring against the challenge's rules")
+    resume: str = local("", "checkpoint to go on from; auto: RUN_ID's")
+    audit: bool = local(False, "check scoring against the rules")
     recipe: str = setting("record", "which defaults hold", choices=("record", "frontier"))
 
     num_layers: int = fixed(11, "layers", low=1)
@@ -138,52 +138,47 @@ class Settings:
     mlp_mult: float = fixed(3.0, "hidden width of the MLP over MODEL_DIM", low=0.5, frontier=4.0)
     rope_base: float = fixed(10000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = fixed(16, "channels of a head that rotate", low=4)
-    logit_softcap: float = fixed(30.0, "bound of the logits, by tanh", low=0.001)
-    qk_gain_init: float = fixed(1.5, "first gain of the queries", frontier=5.25)
-    ln_scale: bool = fixed(True, "scale layers' inputs by 1 / sqrt(layer + 1)")
-    xsa_last_n: int = fixed(4, "last layers whose attention drops its own value", frontier=11)
+    logit_softcap: float = fixed(30.0, "bound of logits, by tanh", low=0.001)
+    qk_gain_init: float = fixed(1.5, "first gain of queries", frontier=5.25)
+    xsa_last_n: int = fixed(4, "last layers that drop their own value", frontier=11)
     bigram_vocab_size: int = fixed(1536, "rows of the bigram table; below 2: none", frontier=0)
     bigram_dim: int = fixed(128, "width of the bigram table", low=1)
-    ve_enabled: bool = fixed(True, "add embeddings to the values of VE_LAYERS", frontier=False)
     ve_dim: int = fixed(128, "width of the value embeddings", low=1)
-    ve_layers: tuple[int, ...] = fixed((9, 10), "layers that add value embeddings")
-    tied_embed_init_std: float = fixed(0.005, "deviation of the first token table")
+    ve_layers: tuple[int, ...] = fixed((9, 10), "layers with value embeddings", frontier=())
+    tied_embed_init_std: float = fixed(0.005, "deviation of the token table")
     smear: str = fixed("channel", "gates of the token before", choices=("channel", "token"), frontier="token")
     skip_gates: bool = fixed(False, "mix skips in by gates, do not add them", frontier=True)
-    attn_gate_channels: int = fixed(0, "input channels that gate each head; 0: none", frontier=12)
+    attn_gate_channels: int = fixed(0, "channels that gate each head; 0: none", frontier=12)
     attn_gate_scale: float = fixed(0.5, "factor of these gates' logits")
     parallel_from: int = fixed(-1, "first layer of two residual lanes; -1: none", low=-1, frontier=8)
     loop_layers: tuple[int, ...] = fixed((), "layers that run again, as 3-5", frontier=(3, 4, 5))
     loop_count: int = fixed(0, "times that they run again", frontier=2)
-    loop_from: float = setting(0.35, "share of training from which on they do", high=1)
+    loop_from: float = setting(0.35, "share of training before they do", high=1)
     document_attention: bool = fixed(False, "see the own document only", frontier=True)
 
-    matrix_lr: float = setting(0.025, "learning rate of Muon, for the banks", frontier=0.028)
-    scalar_lr: float = setting(0.025, "AdamW's learning rate of scalars and vectors", frontier=0.02)
-    tied_embed_lr: float = setting(0.035, "AdamW's learning rate of the tables", frontier=0.03)
-    muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", high=1, frontier=0.97)
-    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", high=1)
-    muon_momentum_warmup_steps: int = setting(1500, "steps in which Muon's momentum rises")
+    matrix_lr: float = setting(0.025, "Muon's learning rate, of the banks", frontier=0.028)
+    scalar_lr: float = setting(0.025, "AdamW's, of scalars and vectors", frontier=0.02)
+    tied_embed_lr: float = setting(0.035, "AdamW's, of the tables", frontier=0.03)
+    muon_momentum: float = setting(0.99, "Muon's momentum", high=1, frontier=0.97)
+    muon_momentum_warmup_start: float = setting(0.92, "it at the first step", high=1)
+    muon_momentum_warmup_steps: int = setting(1500, "steps in which it rises")
     muon_backend_steps: int = setting(5, "Newton-Schulz steps in training", low=1)
-    muon_row_norm: bool = setting(False, "norm rows of Muon's updates before Newton-Schulz", frontier=True)
+    muon_row_norm: bool = setting(False, "norm rows before Newton-Schulz", frontier=True)
     ns_coefficients: str = setting("classic", "theirs", choices=("classic", "polar"), frontier="polar")
     muon_wd: float = setting(0.04, "weight decay of the banks", frontier=0.095)
     embed_wd: float = setting(-1.0, "AdamW's weight decay of the tables; -1: ADAM_WD", low=-1, frontier=0.085)
     adam_wd: float = setting(0.04, "AdamW's weight decay", frontier=0.02)
     beta2: float = setting(0.95, "AdamW's decay of the squared gradient", high=0.999999, frontier=0.99)
-    adam_eps: float = setting(1e-8, "AdamW's epsilon")
     grad_clip_norm: float = setting(0.3, "most norm of the gradient; 0: no limit")
 
-    ema_enabled: bool = setting(True, "average the weights exponentially")
-    ema_decay: float = setting(0.997, "its decay per step", high=1, frontier=0.9965)
+    ema_decay: float = setting(0.997, "of the weights' average, per step; 0: none", high=1, frontier=0.9965)
 
-    eval_seq_len: int = setting(2048, "tokens of a scoring window", low=2, frontier=3072)
+    eval_seq_len: int = setting(2048, "tokens that one sees in scoring", low=2, frontier=3072)
     eval_stride: int = setting(64, "tokens that a sliding window scores", low=1)
     eval_mode: str = setting(
         "sliding", "windows or each once", choices=("sliding", "streaming"), frontier="streaming"
     )
-    eval_window: int = setting(0, "tokens that a position of a stream sees; 0: EVAL_SEQ_LEN")
-    eval_max_seconds: float = setting(600.0, "most seconds of scoring; if short, less is learnt", low=0.001)
+    eval_max_seconds: float = setting(600.0, "seconds of scoring", low=0.001)
 
     ttt_enabled: bool = setting(True, "learn from what has been scored")
     ttt_muon: bool = setting(True, "update by Newton-Schulz; 0: by SGD")
@@ -191,26 +186,20 @@ class Settings:
     ttt_entropy_adapt: bool = setting(True, "an epoch more if hard, one less if easy", frontier=False)
     ttt_entropy_high: float = setting(2.1, "nats above which a chunk is hard")
     ttt_entropy_low: float = setting(1.75, "nats below which a chunk is easy")
-    ttt_lr: float = setting(0.002, "learning rate; with windows the peak of a cosine", frontier=0.01)
+    ttt_lr: float = setting(0.002, "learning rate; of windows: first", frontier=0.01)
     ttt_epochs: int = setting(3, "times to learn from a chunk", low=1, frontier=1)
     ttt_chunk_tokens: int = setting(32768, "tokens scored, then learnt from", low=2, frontier=2048)
     ttt_batch_seqs: int = setting(32, "sequences per update of windows", low=1)
     ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
     ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
-    ttt_decay: float = setting(0.0, "way back to the artifact's weights, each update", high=1, frontier=0.005)
-    ttt_weights: str = setting("all", "which weights learn", choices=("all", "banks", "others"))
+    ttt_decay: float = setting(0.0, "way back to the first weights, each update", high=1, frontier=0.005)
     ttt_experts: str = setting(
         "",
         "streams to mix, as lr=0;lr=0.02,chunk=64",
-        frontier="lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.04,weights=others;lr=0.01,epochs=2",
+        frontier="lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.02,decay=0.02;lr=0.01,epochs=2",
     )
-    ttt_share: float = setting(0.2, "share of weights that goes back to the average", high=1)
-    ttt_share_tokens: int = setting(100, "tokens that it looks back on", low=1)
-
-    @property
-    def window(self) -> int:
-        """Most positions that one sees in scoring, itself included."""
-        return (self.eval_window if self.eval_mode == "streaming" else 0) or self.eval_seq_len
+    ttt_share: float = setting(0.2, "share of weights that goes back", high=1)
+    ttt_share_tokens: int = setting(100, "tokens to whose average", low=1)
 
     def validate(self) -> None:
         """Raises RunError for settings that contradict each other."""
@@ -231,8 +220,6 @@ class Settings:
             "TRAIN_SEQ_SCHEDULE must rise from share 0 on, to TRAIN_SEQ_LEN at most": schedule[1][1] in (0, 9)
             and all(a < c and b < d for (a, b), (c, d) in pairwise(schedule)),
             "TRAIN_SEQ_SCHEDULE needs DOCUMENT_ATTENTION=1": s.document_attention or len(schedule) == 2,
-            "MUON_BACKEND_STEPS must be at most 5 if NS_COEFFICIENTS=polar": s.ns_coefficients != "polar"
-            or s.muon_backend_steps <= len(POLAR),
             "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": not s.train_batch_tokens % spans,
             "ATTN_GATE_CHANNELS must be at most MODEL_DIM": s.attn_gate_channels <= s.model_dim,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": s.eval_stride <= s.eval_seq_len,
@@ -336,7 +323,7 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
     return s
 
 
-EXPERT_KEYS = {key: f"TTT_{key.upper()}" for key in ("lr", "decay", "epochs", "weights", "muon")}
+EXPERT_KEYS = {key: f"TTT_{key.upper()}" for key in ("lr", "decay", "epochs", "muon")}
 EXPERT_KEYS["chunk"] = "TTT_CHUNK_TOKENS"
 
 
@@ -481,14 +468,14 @@ class Stateful:
 
 
 class Clock:
-    """Seconds since it was made, and before a restart. Reading it waits for the GPU."""
+    """Seconds since it was made, and before a restart; reading it waits for the GPU."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
-    def seconds(self, wait: bool = True) -> float:
+    def seconds(self) -> float:
         """Returns all seconds so far."""
-        if wait and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter() - self.start
 
@@ -516,11 +503,8 @@ class Hooks:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith(("on_", "before_", "restore_", "should_")):
-            return self.nothing
+            return lambda *args, **more: None
         raise AttributeError(name)
-
-    def nothing(self, *args: Any, **more: Any) -> None:
-        """Do nothing."""
 
 
 NO_HOOKS = Hooks()
@@ -652,18 +636,13 @@ def byte_tables(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTables:
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
-
-
 class Shard:
     """A file's tokens: 256 little-endian int32 (magic, version, N, zeros), N uint16."""
 
     def __init__(self, path: Path):
         """Raises RunError, OSError."""
-        self.path, self.stamp = path, _stamp(path)
-        header, size, start = np.fromfile(path, "<i4", 3).tolist(), self.stamp[0], HEADER_BYTES
+        self.path, self.changed, size = path, os.path.getmtime(path), os.path.getsize(path)
+        header, start = np.fromfile(path, "<i4", 3).tolist(), HEADER_BYTES
         known = [SHARD_MAGIC, SHARD_VERSION]
         if size < start or header != [*known, (size - start) / 2]:
             raise RunError(f"shard {path}: {size} bytes, header {header}, not {start} + 2 N, {known} + [N]")
@@ -676,7 +655,7 @@ class Shard:
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Returns tokens [start, stop), uint16. Raises RunError for a changed file, OSError."""
-        if _stamp(self.path) != self.stamp:
+        if os.path.getmtime(self.path) != self.changed:
             raise RunError(f"shard {self.path} was changed during the run")
         return self.tokens[start:stop]
 
@@ -861,7 +840,7 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
         self.attn_scale, self.mlp_scale = parameter(D, value=1.0), parameter(D, value=1.0)
         self.q_gain = parameter(s.num_heads, value=s.qk_gain_init)
-        self.input_scale = (layer + 1) ** -0.5 if s.ln_scale else 1
+        self.input_scale = (layer + 1) ** -0.5
         self.drops_own_value = layer >= s.num_layers - s.xsa_last_n  # XSA
         self.attn_gate = parameter(s.num_heads, s.attn_gate_channels) if s.attn_gate_channels else None
         if 0 <= s.parallel_from <= layer:  # of both lanes; what each gives to both
@@ -928,14 +907,13 @@ class GPT(nn.Module):
         self.looping = True  # layers that run again do, as they always do in scoring
         again = max(s.loop_layers, default=-1) + 1
         self.looped_order = [*range(again), *s.loop_layers * s.loop_count, *range(again, L)]
-        self.ve_layers = s.ve_layers if s.ve_enabled else ()
         self.rotary = {}  # rotary_tables() by length and window
         self.qo_bank, self.kv_bank = parameter(2 * L, D, D), parameter(2 * L, KD, D)
         self.up_bank, self.down_bank = parameter(L, hidden, D), parameter(L, D, hidden)
         self.tok_emb = parameter(V, D)
         bigram_weights = lookup_weights(bigrams if bigrams > 1 else 0, s.bigram_dim, D, 0.05)
         self.bigram_table, self.bigram_proj, self.bigram_scale = bigram_weights
-        values = len(self.ve_layers)
+        values = len(s.ve_layers)
         self.ve_table, self.ve_proj, self.ve_scale = lookup_weights(V if values else 0, s.ve_dim, KD, 0.1)
         self.ve_layer_scales = parameter(values, value=1.0) if values else None
         by_token, skips = s.smear == "token", (len(self.looped_order) // 2, D)
@@ -1028,7 +1006,7 @@ class GPT(nn.Module):
         context = context or self.context(tokens)
         present = tokens if context.cache is None else tokens[:, 2:]  # (B, T)
         x0, values = self.embed(tokens)[:, -present.size(1) :], None
-        if self.ve_layers:
+        if self.s.ve_layers:
             values = self.lookup(present, self.ve_table, self.ve_proj, self.ve_scale)
         x = self.trunk(x0, values, matrices or self.matrices(), context)
         cap = self.s.logit_softcap
@@ -1062,8 +1040,8 @@ class GPT(nn.Module):
         layers = [Matrices(*m) for m in zip(*(bank.unbind() for bank in matrices), strict=True)]
         for slot, layer in enumerate(order):
             added = None
-            if layer in self.ve_layers:
-                added = self.ve_layer_scales[self.ve_layers.index(layer)].to(x0.dtype) * values
+            if layer in self.s.ve_layers:
+                added = self.ve_layer_scales[self.s.ve_layers.index(layer)].to(x0.dtype) * values
             if layer == self.s.parallel_from:
                 lanes = lanes * 2
             if slot >= encoder_length and skips:
@@ -1090,7 +1068,7 @@ class GPT(nn.Module):
 
 
 CLASSIC = ((3.4445, -4.775, 2.0315),)  # https://kellerjordan.github.io/posts/muon, of all steps
-POLAR = (  # Polar Express, arXiv 2505.16932, of step after step
+POLAR = (  # Polar Express, arXiv 2505.16932, of step after step; the last repeats
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1104,7 +1082,8 @@ def newton_schulz(G: Tensor, steps: int, triples: tuple = CLASSIC) -> Tensor:
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in islice(cycle(triples), steps):
+    for i in range(steps):
+        a, b, c = triples[min(i, len(triples) - 1)]
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
     return X.mT if tall else X
@@ -1121,7 +1100,7 @@ def orthogonalize(G: Tensor, steps: int, triples: tuple = CLASSIC) -> Tensor:
 def nesterov_update(grad: Tensor, buffer: Tensor, momentum: float, *, row_norm: bool = False) -> Tensor:
     """Returns Nesterov's update (n, rows, columns) bf16, before Newton-Schulz; the buffer is updated.
 
-    Row norm: rows are divided by their norms (MuonEq-R, parameter-golf #1285).
+    Row norm: MuonEq-R, parameter-golf #1285.
     """
     g = grad.bfloat16()
     update = g.add(buffer.mul_(momentum).add_(g), alpha=momentum)
@@ -1143,7 +1122,7 @@ class Optimizers(Stateful):
 
     def __init__(self, model: GPT, s: Settings):
         self.model, self.s = model, s
-        self.banks = sorted(model.banks(), key=torch.numel, reverse=True)  # largest first
+        self.banks = sorted(model.banks(), key=torch.numel, reverse=True)
         self.momentum = [torch.zeros_like(bank, dtype=torch.bfloat16) for bank in self.banks]
         self.triples = POLAR if s.ns_coefficients == "polar" else CLASSIC
         tables, groups = ("tok_emb", "bigram_table", "ve_table"), {}
@@ -1153,7 +1132,7 @@ class Optimizers(Stateful):
                 rule = (s.tied_embed_lr, embed_wd) if name in tables else (s.scalar_lr, s.adam_wd)
                 groups.setdefault(rule, []).append(p)
         split = [{"base_lr": lr, "weight_decay": decay, "params": p} for (lr, decay), p in groups.items()]
-        self.adamw = torch.optim.AdamW(split, betas=(0.9, s.beta2), eps=s.adam_eps, fused=True)
+        self.adamw = torch.optim.AdamW(split, betas=(0.9, s.beta2), fused=True)
         self.weights = self.banks + sum(groups.values(), [])
 
     @torch.no_grad()
@@ -1206,11 +1185,11 @@ def ema_decay(step: int, s: Settings) -> float:
 
 # ======== Quantization ========
 
-RMS_STEPS = 12  # in a row's rms at knob 1, on the whole: about as fine as the record's int6
+RMS_STEPS = 12  # in a row's rms at knob 1: about as fine as the record's int6
 TINY = 2.0**-24  # the least fp16 above zero
 MOST = 4095  # the largest integer of a weight
 REACH = 900  # steps in a row's largest weight, at most, before the knob
-FISHER_TOKENS = 2048  # whose squared gradient is one sample of the Fisher information
+FISHER_TOKENS = 2048  # of one sample of the Fisher information
 
 Steps = dict[str, Tensor]  # weight (..., rows, columns) -> steps (..., rows, 1) fp32
 
@@ -1482,6 +1461,8 @@ def unpack_artifact(data: bytes, path: Path | str) -> Artifact:
         header = json.loads(bytes(arrays.pop("header")))
         texts, columns = header["settings"], header["columns"]
         texts["recipe"] = texts["recipe"].replace("best", "record")
+        if texts.get("ve_enabled") == "0":
+            texts["ve_layers"] = ""
         settings = {name: FIELDS[name.upper()].default for name in FIXED}  # of what was added later
         settings |= {name: parse_value(name.upper(), str(texts[name])) for name in texts if name in KEPT}
         contexts = {name: arrays.pop(name + ".rows")[..., None].repeat(n, -1) for name, n in columns.items()}
@@ -1548,13 +1529,13 @@ class Read:
 
 
 class Scorer:
-    """Scores a text (N + 1,) int32: target i is token i + 1. Without tables each counts as a byte."""
+    """Scores a text (N + 1,) int32: target i is token i + 1."""
 
     def __init__(
         self,
         model: GPT,
         tokens: Tensor,
-        tables: ByteTables | None,
+        tables: ByteTables,
         window: int,
         batch_tokens: int,
         hooks: Hooks = NO_HOOKS,
@@ -1592,7 +1573,7 @@ class Scorer:
     def measure(self, read: Read, begin: Tensor | int, end: Tensor | int) -> Tensor:
         """Returns (3,) fp64: nats, number, bytes of targets [begin, end), per row (B, 1) or for all."""
         at, scored = read.at, (begin <= read.at) & (read.at < end)
-        size = self.tables.count(self.ids(at), self.ids(at + 1)) if self.tables else scored
+        size = self.tables.count(self.ids(at), self.ids(at + 1))
         sums = torch.stack(
             [(per_token * scored).sum() for per_token in (read.losses.detach().double(), scored, size)]
         )
@@ -1630,9 +1611,7 @@ class Learner(Stateful):
 
     def __init__(self, model: GPT, s: Settings, hooks: Hooks = NO_HOOKS):
         self.model, self.s, self.hooks = model, s, hooks
-        for name, w in model.named_parameters():
-            w.requires_grad_(s.ttt_weights in ("all", "banks" if name in model.BANKS else "others"))
-        self.weights = [w for w in model.parameters() if w.requires_grad]
+        self.weights = list(model.parameters())
         shapes = dict.fromkeys(w.shape for w in self.weights)
         self.alike = [[w for w in self.weights if w.shape == shape] for shape in shapes]
         self.first, self.slots = copies(self.weights), model.empty_cache(1)
@@ -1709,8 +1688,7 @@ class StreamingMode:
     def __init__(self, s: Settings, scorer: Scorer, learner: Learner):
         self.s, self.scorer, self.learner = s, scorer, learner
         self.chunks = 1 + ceil_div(scorer.targets - scorer.window, s.ttt_chunk_tokens)
-        if s.ttt_experts:
-            learner.losses = torch.zeros(scorer.targets, device=scorer.tokens.device)
+        learner.losses = torch.zeros(scorer.targets, device=scorer.tokens.device)
 
     def start(self, chunk: int) -> int:
         """Returns a chunk's first position."""
@@ -1728,12 +1706,9 @@ class StreamingMode:
         """Returns a chunk's sums (3,) fp64."""
         self.before = copies(self.learner.slots)
         self.first_read = self.read(chunk)
-        if self.s.ttt_experts:
-            own = self.learner.losses[self.start(chunk) : self.start(chunk + 1)]
-            own.copy_(self.first_read.losses.detach()[0, : len(own)])
-            return self.scorer.measure(self.first_read, 0, self.scorer.targets)
-        end = self.scorer.targets if rank() == 0 else 0
-        return all_reduce(self.scorer.measure(self.first_read, 0, end))
+        own = self.learner.losses[self.start(chunk) : self.start(chunk + 1)]
+        own.copy_(self.first_read.losses.detach()[0, : len(own)])
+        return self.scorer.measure(self.first_read, 0, self.scorer.targets)
 
     def learn_chunk(self, chunk: int, epochs: int) -> None:
         """Learn from all tokens of a chunk, an update an epoch."""
@@ -1899,7 +1874,7 @@ class Ensemble(Stateful):
         losses, scorer = torch.stack([*self.done.values()]), self.scorer
         mixed, weights = mix(losses, self.s.ttt_share, self.s.ttt_share_tokens)
         scorer.hooks.on_mixture(self, losses, mixed, weights)
-        read = Read(scorer, torch.arange(scorer.targets, device=losses.device)[None], mixed[None])
+        read = Read(scorer, torch.arange(scorer.targets, device=mixed.device)[None], mixed[None])
         return Score(*all_reduce(scorer.measure(read, 0, scorer.targets if rank() == 0 else 0)).tolist())
 
 
@@ -1911,18 +1886,18 @@ class Evaluation(Stateful):
     def __init__(self, run: Run, model: GPT, tokens: Tensor, tables: ByteTables):
         s, self.run_of, self.model, self.clock = run.settings, run, model, Clock()
         batch = s.val_batch_size // SPANS
-        self.scorer = scorer = Scorer(model, tokens, tables, s.window, batch, run.hooks)
+        self.scorer = scorer = Scorer(model, tokens, tables, s.eval_seq_len, batch, run.hooks)
         mode = EVAL_MODES[s.eval_mode]
         if s.ttt_experts:
             self.ttt = Ensemble(s, scorer, self.clock, run.log)
         else:
             self.ttt = TestTimeTraining(mode(s, scorer, Learner(model, s, run.hooks)), self.clock, run.log)
-        self.stages = {"final_int6_roundtrip": lambda: scorer.score_windows(s.window, "roundtrip")}
+        self.stages = {"final_int6_roundtrip": lambda: scorer.score_windows(s.eval_seq_len, "roundtrip")}
         if s.eval_mode == "sliding":
             self.stages[mode.stage] = lambda: scorer.score_windows(s.eval_stride, "sliding")
-        if s.ttt_enabled or s.eval_mode == "streaming":  # a stream that does not learn is one stage, too
+        if s.ttt_enabled or s.eval_mode == "streaming":
             self.stages["legal_ttt" if s.ttt_enabled else mode.stage] = self.ttt.run
-        self.scores, self.seconds = {}, {}  # of each stage that is done
+        self.scores, self.seconds = {}, {}
 
     def run(self) -> None:
         """Score by all stages still to come. Raises RunError, Stopped."""
@@ -1947,11 +1922,11 @@ def report_stage(run: Run, name: str, score: Score, seconds: float) -> None:
 
 # ======== Training ========
 
-WARM_UP_TOKENS = 16384  # least ones that a CPU calibrates by in warm-up
+WARM_UP_TOKENS = 16384  # least ones to calibrate by in warm-up
 
 
 class Trainer(Stateful):
-    """Trains a model under the clock. Making one opens shards, draws weights, raises RunError, OSError."""
+    """Trains a model under the clock. Making one raises RunError, OSError."""
 
     STATE = ("done", "elapsed", "weights", "optimizers", "ema")
 
@@ -1966,7 +1941,7 @@ class Trainer(Stateful):
         self.model = GPT(s, run.dtype).initialize().on(self.device)
         self.weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, s)
-        self.ema = copies(self.weights) if s.ema_enabled else []
+        self.ema = copies(self.weights)
         self.done, self.elapsed = 0, 0.0  # steps, seconds so far
         self.piece = 0  # longest one of a document now
 
@@ -1997,7 +1972,7 @@ class Trainer(Stateful):
         return torch.stack((loss, self.optimizers.step(multiplier, momentum)))
 
     def enter(self, share: float) -> None:
-        """Do what is planned when a share of training is done: loops on, documents in longer pieces."""
+        """Do what a share of training brings: loops, longer pieces of documents."""
         self.model.looping = share >= self.s.loop_from
         schedule = self.s.train_seq_schedule or ((self.s.train_seq_len, 0),)
         self.piece = max(length for length, start in schedule if start <= share)
@@ -2005,9 +1980,8 @@ class Trainer(Stateful):
     def warm_up(self) -> float:
         """Compile by steps that leave no trace; return the seconds to keep for the end."""
         s, log, clock, before = self.s, self.run_of.log, Clock(), copies(self.weights)
-        part = number = len(self.calibration_tokens) - 1
-        if self.device.type == "cpu":  # compiles nothing: a part shows how fast all are read
-            part = min(number, max(number // 16, WARM_UP_TOKENS) // s.train_seq_len * s.train_seq_len)
+        number = len(self.calibration_tokens) - 1  # a part shows the speed
+        part = min(number, max(number // 16, WARM_UP_TOKENS) // s.train_seq_len * s.train_seq_len)
         with self.loader() as spans:
             for i in range(s.warmup_steps):
                 report_progress(self.run_of.hooks, "warm-up", i / s.warmup_steps)
@@ -2051,13 +2025,11 @@ class Trainer(Stateful):
                 left = warmdown_left(self.done, s, self.elapsed, budget)
                 multiplier, momentum = max(left, s.min_lr), muon_momentum(self.done, s)
                 measured = self.train_step(together(spans.__next__), multiplier, momentum)
-                if self.ema:
-                    with torch.no_grad():
-                        torch._foreach_lerp_(self.ema, self.weights, 1 - ema_decay(self.done, s))
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.ema, self.weights, 1 - ema_decay(self.done, s))
                 self.finish_step(measured, clock, multiplier)
                 hooks.on_progress("training", share_done(self.done, s, self.elapsed, budget))
-        if self.ema:
-            copy_weights(self.weights, self.ema)
+        copy_weights(self.weights, self.ema)
         calibration = self.calibrate()
         times = {"train_time": 1000 * self.elapsed, "with_calibration": 1000 * clock.seconds()}
         log.event("trained", steps=self.done, memory=peak_memory(), **times)
@@ -2115,7 +2087,10 @@ def load_hooks(s: Settings) -> Hooks:
             raise RunError("AUDIT, RESUME and CHECKPOINT_EVERY need tools/")
         return NO_HOOKS
     sys.modules.setdefault("tools", ModuleType("tools")).__path__ = [str(folder)]
-    return importlib.import_module("tools.run").make_hooks(s)
+    try:
+        return importlib.import_module("tools.run").make_hooks(s)
+    except ImportError as e:
+        raise RunError(f"tools/ beside this file: {e}") from None
 
 
 def read_artifact(run: Run) -> tuple[bytes, Artifact]:
@@ -2130,7 +2105,7 @@ def compile_scoring(run: Run, model: GPT, tables: ByteTables) -> None:
     Streams become CUDA graphs unless these fail, or an audit keeps what the next would overwrite.
     """
     s, clock, weights, triton = run.settings, Clock(), list(model.parameters()), torch._inductor.config.triton
-    before, number = copies(weights), 4 * s.ttt_chunk_tokens + 2 * s.window + 1
+    before, number = copies(weights), 4 * s.ttt_chunk_tokens + 2 * s.eval_seq_len + 1
     made_up = torch.randint(s.vocab_size, (number,), dtype=torch.int32, device=run.device)
     quiet = Run(replace(s, eval_max_seconds=math.inf), run.device)
     quiet.log.outputs.clear()

@@ -60,7 +60,7 @@ def made_up_tokens(count, seed=0, vocab=64):
 FRONTIER = dict(
     RECIPE="frontier",
     BIGRAM_VOCAB_SIZE=0,
-    VE_ENABLED=0,
+    VE_LAYERS="",
     NUM_LAYERS=5,
     XSA_LAST_N=5,
     LOOP_LAYERS="1-2",

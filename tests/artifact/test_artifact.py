@@ -177,6 +177,15 @@ def test_settings_that_an_artifact_lacks_take_their_defaults_and_others_are_left
     assert all(torch.equal(t, stored[name]) for name, t in found.stored.items())
 
 
+def test_an_artifact_that_switched_value_embeddings_off_has_none(artifact):
+    """As an earlier version said it."""
+    arrays, code = parts_of(artifact)
+    header = json.loads(bytes(arrays["header"]))
+    header["settings"] |= dict(ve_enabled="0", ve_layers="1,2")
+    side = npz(**arrays | dict(header=np.frombuffer(json.dumps(header).encode(), np.uint8)))
+    assert T.unpack_artifact(sealed(lzma.compress(side), code), "x.bin").settings["ve_layers"] == ()
+
+
 def test_integers_of_all_sizes_are_kept():
     stored = {
         "a": torch.tensor([[-T.MOST, 0, T.MOST], [0, 0, 0]], dtype=torch.int16),

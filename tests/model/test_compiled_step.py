@@ -202,7 +202,7 @@ def test_logits_are_held_in_fp32_once_in_forward_and_backward_together(monkeypat
         inductor.config.cpp, "simdlen", 1
     )  # fewer forms of each kernel are tried; buffers are the same
     V, (x, y) = 1024, random_batch(4, 32)
-    s = settings(VOCAB_SIZE=V, NUM_LAYERS=1, XSA_LAST_N=0, VE_ENABLED=0, VE_LAYERS="", BIGRAM_VOCAB_SIZE=0)
+    s = settings(VOCAB_SIZE=V, NUM_LAYERS=1, XSA_LAST_N=0, VE_LAYERS="", BIGRAM_VOCAB_SIZE=0)
     model = T.GPT(s, dtype=BF16).initialize()
     torch._dynamo.reset()
     model.compile(dynamic=False, fullgraph=True)

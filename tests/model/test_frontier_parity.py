@@ -50,7 +50,7 @@ def settings(**extra):
         SMEAR="token",
         SKIP_GATES=1,
         BIGRAM_VOCAB_SIZE=0,
-        VE_ENABLED=0,
+        VE_LAYERS="",
         TRAIN_SEQ_LEN=32,
         TRAIN_BATCH_TOKENS=256,
     )

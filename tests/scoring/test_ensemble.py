@@ -11,7 +11,7 @@ from tests import tiny
 from tests.helpers import PerTarget, byte_tables, changed, made_up_tokens, random_model, round_trip, settings
 
 STREAMING = dict(EVAL_MODE="streaming", EVAL_SEQ_LEN=24, TTT_CHUNK_TOKENS=16, TTT_LR=0.02, TTT_EPOCHS=1)
-EXPERTS = "lr=0;lr=0.05,chunk=8;lr=0.02,decay=0.1,weights=banks;lr=0.01,epochs=2"
+EXPERTS = "lr=0;lr=0.05,chunk=8;lr=0.02,decay=0.1;lr=0.01,epochs=2"
 
 
 def evaluation_of(tokens, hooks=T.NO_HOOKS, **extra):
@@ -25,7 +25,9 @@ def evaluation_of(tokens, hooks=T.NO_HOOKS, **extra):
 def alone(tokens, **extra):
     """The nll of each target of a plain run of test-time training, and its Score."""
     scores, s = PerTarget(), settings(**STREAMING | extra)
-    scorer = T.Scorer(random_model(s), torch.as_tensor(tokens).int(), byte_tables(), s.window, 64, scores)
+    scorer = T.Scorer(
+        random_model(s), torch.as_tensor(tokens).int(), byte_tables(), s.eval_seq_len, 64, scores
+    )
     score = T.TestTimeTraining(T.StreamingMode(s, scorer, T.Learner(scorer.model, s, scores))).run()
     return scores.nll, score
 
@@ -147,7 +149,7 @@ def test_each_expert_reads_as_if_it_were_alone(n):
     for k, text in enumerate(own):
         s = T.expert_settings(settings(**STREAMING, TTT_EXPERTS=text))[text]
         values = dict(TTT_LR=s.ttt_lr, TTT_CHUNK_TOKENS=s.ttt_chunk_tokens, TTT_EPOCHS=s.ttt_epochs)
-        values |= dict(TTT_DECAY=s.ttt_decay, TTT_WEIGHTS=s.ttt_weights)
+        values |= dict(TTT_DECAY=s.ttt_decay)
         nll, _ = alone(tokens, **values)
         assert torch.equal(losses[k], nll)
     expected, _ = mixed_target_by_target(losses, 0.2, 100, T.BLOCK)
@@ -201,7 +203,7 @@ def test_experts_score_alike_on_any_number_of_processes(tmp_path):
         EVAL_MODE="streaming",
         TTT_EPOCHS=1,
         TTT_CHUNK_TOKENS=256,
-        TTT_EXPERTS="lr=0;lr=0.01,chunk=64;lr=0.02;lr=0.02,epochs=2;lr=0.05,weights=others",
+        TTT_EXPERTS="lr=0;lr=0.01,chunk=64;lr=0.02;lr=0.02,epochs=2;lr=0.05,muon=0",
     )
     assert tiny.run(tmp_path, TTT_ENABLED=0).status == 0
     only = settings | dict(TTT_ENABLED=1, EVAL_ONLY=1, ARTIFACT_PATH="logs/tiny.bin", AUDIT=1)
@@ -220,7 +222,7 @@ class Told(T.Clock):
 
     now = 0.0
 
-    def seconds(self, wait=True):
+    def seconds(self):
         return self.now
 
 
@@ -265,11 +267,11 @@ def test_experts_share_the_time_and_those_that_have_none_are_dropped(limit, read
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("lr=0;rate=1", "TTT_EXPERTS: 'rate' is none of lr, decay, epochs, weights, muon, chunk"),
+        ("lr=0;rate=1", "TTT_EXPERTS: 'rate' is none of lr, decay, epochs, muon, chunk"),
         ("lr=0,", "TTT_EXPERTS: '' is none of"),
         ("lr=0;lr", "TTT_LR='': allowed is a number from 0"),
         ("lr=0;lr=-1", "TTT_LR='-1': allowed is a number from 0"),
-        ("lr=0;lr=0.1,weights=some", "TTT_WEIGHTS='some': allowed is all or banks or others"),
+        ("lr=0;lr=0.1,muon=some", "TTT_MUON='some': allowed is 0 or 1"),
         ("lr=0;lr=0.1;lr=0.1", "TTT_EXPERTS: lr=0.1: stands twice"),
         ("lr=0;lr=0.1,chunk=5", "TTT_EXPERTS: lr=0.1,chunk=5: chunk must divide TTT_CHUNK_TOKENS=16"),
     ],
@@ -285,7 +287,8 @@ def test_a_share_that_is_none_is_an_error():
 
 
 def test_the_frontiers_experts_go_with_any_chunk_and_stay_away_where_nothing_streams():
-    assert len(T.expert_settings(T.parse_settings({"RECIPE": "frontier", "TTT_EPOCHS": "2"}))) == 8
+    frontier = T.parse_settings({"RECIPE": "frontier", "TTT_CHUNK_TOKENS": "100", "TTT_EPOCHS": "2"})
+    assert len(T.expert_settings(frontier)) == 8
     for setting in ({"EVAL_MODE": "sliding", "TTT_CHUNK_TOKENS": "32768"}, {"TTT_ENABLED": "0"}):
         assert T.parse_settings({"RECIPE": "frontier"} | setting).ttt_experts == ""
         with pytest.raises(T.RunError, match="TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1"):

@@ -86,7 +86,7 @@ def test_a_stream_scores_like_the_whole_text_at_once(n, window, chunk):
 def test_the_frontiers_stream_scores_like_the_whole_text_at_once(looping, every, window):
     """With loops, lanes, gates, a smear and documents, shorter and longer than a window, which is shorter and
     longer than what was trained at once."""
-    s, by = settings(**FRONTIER, EVAL_WINDOW=window), banded(window)
+    s, by = settings(**FRONTIER | dict(EVAL_SEQ_LEN=window)), banded(window)
     model, tokens = random_model(s), with_documents(made_up_tokens(120), every)
     model.looping, scores = looping, PerTarget()
 

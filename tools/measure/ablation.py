@@ -36,6 +36,7 @@ SMALL = {
     "RECIPE": "frontier",
     "LOOP_LAYERS": "2-3",
     "PARALLEL_FROM": "4",
+    "VE_LAYERS": "",
     "TRAIN_SEQ_SCHEDULE": "256@0,512@0.3",
 }
 PARTS = {
@@ -48,27 +49,31 @@ PARTS = {
     "row norm, Polar Express": ("MUON_ROW_NORM", "NS_COEFFICIENTS"),
     "warm-down by share": ("WARMDOWN_FRACTION", "MIN_LR"),
     "XSA everywhere, QK gain": ("XSA_LAST_N", "QK_GAIN_INIT"),
-    "wider MLP, no bigrams or values": ("MLP_MULT", "BIGRAM_VOCAB_SIZE", "VE_ENABLED"),
+    "wider MLP, no bigrams or values": ("MLP_MULT", "BIGRAM_VOCAB_SIZE", "VE_LAYERS"),
 }
 STAGES = {"averaged": "trained", "final_int6_roundtrip": "quantized", "legal_ttt": "after TTT"}
 
 
 def variants() -> dict[str, dict[str, str]]:
     """Returns the settings of each variant by its name."""
-    found = {"record": {"RECIPE": "record"}, "frontier": SMALL}
+    found, small = {"record": {"RECIPE": "record"}, "frontier": SMALL}, of_file()
     for part, names in PARTS.items():
-        found[f"without {part}"] = SMALL | {name: show(RECIPES["record"][name.lower()]) for name in names}
+        record = {name: small.get(name, show(RECIPES["record"][name.lower()])) for name in names}
+        found[f"without {part}"] = SMALL | record
     return found
+
+
+def of_file() -> dict[str, str]:
+    """Returns the settings of the file."""
+    lines = ENVIRONMENT.read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Returns the environment of all runs: no settings but those of the file and the folder."""
-    lines = [
-        line for line in ENVIRONMENT.read_text().splitlines() if "=" in line and not line.startswith("#")
-    ]
     kept = {name: value for name, value in os.environ.items() if name not in FIELDS}
     places = {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer.model")}
-    return kept | dict(line.split("=", 1) for line in lines) | places | {"OMP_NUM_THREADS": "1"}
+    return kept | of_file() | places | {"OMP_NUM_THREADS": "1"}
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

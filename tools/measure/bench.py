@@ -94,7 +94,9 @@ class Bench:
 
     def scorer(self, model: T.GPT, tokens: Tensor, window: int) -> T.Scorer:
         """Returns a Scorer of tokens (N + 1,) that counts each of them as a byte."""
-        return T.Scorer(model, tokens, None, window, self.s.val_batch_size // T.SPANS)
+        one, no = torch.ones((2, self.s.vocab_size), dtype=torch.long, device=tokens.device)
+        tables = T.ByteTables(one, no == 0, no == 0)  # each token counts as a byte
+        return T.Scorer(model, tokens, tables, window, self.s.val_batch_size // T.SPANS)
 
 
 # -------
@@ -437,7 +439,7 @@ def bench_score(bench: Bench) -> Figures:
 
     With EVAL_MODE=streaming a step is eight chunks of TTT_CHUNK_TOKENS, each position once.
     """
-    s, model, window = bench.s, bench.model(), bench.s.window
+    s, model, window = bench.s, bench.model(), bench.s.eval_seq_len
     if s.eval_mode == "streaming":
         read = scored = 8 * s.ttt_chunk_tokens
         scorer = bench.scorer(model, bench.tokens(window + scored + 1), window)
@@ -469,9 +471,9 @@ class Chunks:
     def __init__(self, bench: Bench, watch: UpdateWatch, count: int) -> None:
         s, model = bench.s, bench.model()
         kind = T.EVAL_MODES[s.eval_mode]
-        tokens = bench.tokens(s.window + count * s.ttt_chunk_tokens + 1)
+        tokens = bench.tokens(s.eval_seq_len + count * s.ttt_chunk_tokens + 1)
         learner = T.Learner(model, s, watch)
-        self.mode = kind(s, bench.scorer(model, tokens, s.window), learner)
+        self.mode = kind(s, bench.scorer(model, tokens, s.eval_seq_len), learner)
         self.device, self.epochs, self.chunk = bench.device, s.ttt_epochs, 1
         self.mode.score_chunk(0)  # scores more than the others, or only gives context
         self.forget()

@@ -66,7 +66,7 @@ def settings_of(row: str, weights: Weights) -> T.Settings:
 def shown(s: T.Settings) -> str:
     """Returns the settings that a row's score depends on, as one writes them."""
     if s.eval_mode == "streaming":
-        values: dict[str, Any] = {"eval_window": s.window}
+        values: dict[str, Any] = {"eval_seq_len": s.eval_seq_len}
     else:
         values = {"eval_stride": s.eval_stride, "eval_seq_len": s.eval_seq_len}
     if s.ttt_enabled:

@@ -29,7 +29,7 @@ GROUPS = {  # first setting of each
     "RUN_ID": "Run",
     "NUM_LAYERS": "Model",
     "MATRIX_LR": "Optimizers",
-    "EMA_ENABLED": "Averages and rounding",
+    "EMA_DECAY": "Averages and rounding",
     "EVAL_SEQ_LEN": "Scoring",
     "TTT_ENABLED": "Test-time training",
 }

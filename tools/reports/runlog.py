@@ -485,7 +485,7 @@ def run_of(events: list[Event], source: str, name: str) -> RunLog:
     processes, hardware, torch, python = find("line on the machine", "machine", *keys)
     (parameters,) = find("number of parameters", "data", "parameters")
     loss, bpb = find("validation after the last step", "validation", "val_loss", "val_bpb")
-    average = "raw" if settings.get("EMA_ENABLED") == "0" else "ema"
+    average = "raw" if "0" in (settings.get("EMA_ENABLED"), settings.get("EMA_DECAY")) else "ema"
     chosen = latest(events, "chosen").get("average", average)  # older runs chose by held-out loss
     keys = ("steps", "train_time", "with_calibration", "memory")
     steps, train_time, both, peak = find("end of training", "trained", *keys)

@@ -21,7 +21,7 @@ STAGES = {
         "averaged",
         lambda change: change < 0.00005,
         "by the exponential average of the weights, if it is on",
-        "the average lags behind in so short a run: EMA_ENABLED=0",
+        "the average lags behind in so short a run: EMA_DECAY=0",
     ),
     "roundtrip": (
         "artifact",

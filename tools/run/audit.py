@@ -155,7 +155,7 @@ class Stage(T.Hooks):
     """What one process has recorded of a stage.
 
     Of each target, and of one more that is none: `count` of scores, `nats`, the number of the chunk or
-    update before it was `scored`, and of the update that first `learnt` from it. `alone`: an expert's.
+    update before it was `scored`, and of the update that first `learnt` from it. `alone`: this process's own.
     """
 
     def __init__(self, scorer: T.Scorer, *, alone: bool = False) -> None:
@@ -269,10 +269,15 @@ class Audit(T.Hooks):
     @contextmanager
     def aside(self, wait: bool = True) -> Iterator[None]:
         """Take time that is not scoring's."""
-        clock, begin = self.evaluation.clock, self.evaluation.clock.seconds(wait)
+        wait = wait and torch.cuda.is_initialized()
+        if wait:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
         yield
-        spent = clock.seconds(wait) - begin
-        clock.add(-spent)
+        if wait:
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - begin
+        self.evaluation.clock.add(-spent)
         self.apart += spent
 
     def affordable(self) -> bool:
@@ -285,9 +290,8 @@ class Audit(T.Hooks):
             return None
         if self.stage is None:
             with self.aside():
-                self.stage = Stage(
-                    self.evaluation.scorer, alone=ttt is not None and bool(ttt.mode.s.ttt_experts)
-                )
+                alone = ttt is not None and isinstance(ttt.mode, T.StreamingMode)
+                self.stage = Stage(self.evaluation.scorer, alone=alone)
                 if ttt is not None:
                     mode, self.stage.before = ttt.mode, scored_so_far(ttt) if self.s.resume else T.Score()
                     learnt = range(mode.context_chunks, mode.chunks - 1) or range(mode.chunks)

@@ -24,7 +24,7 @@ def finished(folder, name, seed, gain):
 def test_every_part_of_the_recipe_is_left_out_once():
     given = {name for name in ablation.environment(Path("data")) if name in T.FIELDS}
     parts = [name for names in ablation.PARTS.values() for name in names]
-    assert len(parts) == len({*parts}) and not given & {*parts}
+    assert len(parts) == len({*parts}) and given & {*parts} == {"VE_LAYERS"}  # the record's at this size
     for name, settings in ablation.variants().items():
         values = {name: x for name, x in ablation.environment(Path("data")).items() if name in T.FIELDS}
         s = T.parse_settings(values | settings)

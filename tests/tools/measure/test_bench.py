@@ -162,7 +162,7 @@ def plain_attention(q, k, v, mask=None):
     return ((scores + causal).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("extra", [{}, {"BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0}], ids=str)
+@pytest.mark.parametrize("extra", [{}, {"BIGRAM_VOCAB_SIZE": 0, "VE_LAYERS": ""}], ids=str)
 def test_flop_are_those_that_a_counter_finds(extra):
     s = settings(**extra)
     model, (x, y) = T.GPT(s).initialize(), random_batch(4, 16)

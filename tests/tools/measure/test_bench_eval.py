@@ -70,7 +70,7 @@ def test_the_table_shows_each_way_with_the_settings_it_depends_on(folder, monkey
     assert {row["tokens"] for row in found["rows"]} == {700}
     assert all(len(row["seconds"]) == 2 and row["val_bpb"] > 0 for row in found["rows"])
     assert found["rows"][0]["settings"] == "EVAL_STRIDE=16 EVAL_SEQ_LEN=32"
-    assert found["rows"][1]["settings"] == "EVAL_WINDOW=32"
+    assert found["rows"][1]["settings"] == "EVAL_SEQ_LEN=32"
     assert (
         "TTT_CHUNK_TOKENS=64" in found["rows"][3]["settings"]
         and "TTT_LR=0.01" in found["rows"][3]["settings"]

@@ -10,7 +10,7 @@ from tools.measure.same_results import COMPARED, Case, Outcome, copy_program, fi
 
 pytestmark = pytest.mark.slow
 
-SMALL = Case({"ITERATIONS": 2, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "EMA_ENABLED": 0, "TTT_ENABLED": 0})
+SMALL = Case({"ITERATIONS": 2, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "EMA_DECAY": 0, "TTT_ENABLED": 0})
 
 
 @pytest.fixture

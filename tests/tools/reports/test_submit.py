@@ -212,12 +212,7 @@ def test_the_folder_has_source_requirements_and_all_that_the_runs_left(folder):
 
 
 def test_its_commands_run_the_same_settings_and_it_names_no_place(folder):
-    others = {
-        "DATA_PATH": "/home/ada/my shards",
-        "ARTIFACT_PATH": "/home/ada/a.bin",
-        "VE_LAYERS": "",
-        "VE_ENABLED": "0",
-    }
+    others = {"DATA_PATH": "/home/ada/my shards", "ARTIFACT_PATH": "/home/ada/a.bin", "VE_LAYERS": ""}
     for path in LOGS:
         edit(path, "settings", changed=[*tiny.SETTINGS, *others, "SEED"], **others)
     submit.main([*LOGS, *WHO])

@@ -34,7 +34,7 @@ SETTINGS = tiny.SETTINGS | dict(
 )
 SLIDING, STREAMING = dict(TTT_ENABLED=0), dict(EVAL_MODE="streaming", TTT_ENABLED=0)
 WINDOWS, STREAM = dict(TTT_MUON=1), dict(EVAL_MODE="streaming", TTT_MUON=1)  # with TTT
-EXPERTS = STREAM | dict(TTT_EXPERTS="lr=0;lr=0.02,chunk=64;lr=0.05,epochs=1,weights=banks")
+EXPERTS = STREAM | dict(TTT_EXPERTS="lr=0;lr=0.02,chunk=64;lr=0.05,epochs=1,muon=0")
 LOOPS = ("legal_ttt", "final_int6_streaming")  # stages of chunk after chunk
 MODES = {
     "sliding": SLIDING,
@@ -107,14 +107,14 @@ class Planted:
         model, batch = self.model(s, dtype=run.dtype), s.val_batch_size // T.SPANS
         model.load_state_dict(T.dequantize(artifact.stored))
         evaluation, mode_of = T.Evaluation(run, model, tokens, tables), self.modes[s.eval_mode]
-        text = self.scorer(model, tokens, tables, s.window, batch, run.hooks)
+        text = self.scorer(model, tokens, tables, s.eval_seq_len, batch, run.hooks)
         evaluation.scorer = text
         mode = mode_of(s, text, self.learner(model, s, run.hooks))
         evaluation.ttt = T.TestTimeTraining(mode, evaluation.clock, run.log)
         if s.ttt_experts:
             evaluation.ttt = self.ensemble(s, text, evaluation.clock, run.log)
             evaluation.ttt.mode = mode_of
-        stages = [lambda: text.score_windows(s.window, "roundtrip")]
+        stages = [lambda: text.score_windows(s.eval_seq_len, "roundtrip")]
         if s.eval_mode == "sliding":
             stages.append(lambda: text.score_windows(s.eval_stride, "sliding"))
         stages.append(evaluation.ttt.run)
@@ -256,7 +256,6 @@ class Trial:
             VOCAB_SIZE=choose.choice([400, tiny.VOCAB_SIZE, 700]),
             EVAL_SEQ_LEN=window,
             EVAL_STRIDE=choose.randint(max(1, window // 8), window),
-            EVAL_WINDOW=choose.choice([0, 1, 64, choose.randint(1, 1400)]),
             EVAL_MODE=mode,
             VAL_BATCH_SIZE=choose.choice([64, 2048, 65536]),
             TTT_ENABLED=int(choose.random() < 0.8),
@@ -309,9 +308,11 @@ def test_the_records_shapes_keep_the_rules(tmp_path, mode, run_of):
     """Windows of 2,048, a stride of 64, chunks of 32,768; of 2,048 in a stream."""
     trial = Trial(tmp_path, seed=0)
     trial.count, trial.run_of, trial.cwd = 40_000, run_of, tmp_path
-    names = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_WINDOW", "TRAIN_SEQ_LEN")
+    names = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "TRAIN_SEQ_LEN")
     shapes = {name: T.FIELDS[name].default for name in names}
-    chunk = T.FIELDS["TTT_CHUNK_TOKENS"].default if mode is WINDOWS else T.BEST["ttt_chunk_tokens"]
+    chunk = (
+        T.FIELDS["TTT_CHUNK_TOKENS"].default if mode is WINDOWS else T.RECIPES["frontier"]["ttt_chunk_tokens"]
+    )
     trial.settings |= mode | shapes | dict(TTT_ENABLED=1, TTT_CHUNK_TOKENS=chunk, TRAIN_BATCH_TOKENS=16384)
     trial.prepare()
     assert trial.violations() == []
