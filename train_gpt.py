@@ -198,8 +198,9 @@ class Settings:
         "streams to mix, as lr=0;lr=0.02,chunk=64",
         frontier="lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.02,decay=0.02;lr=0.01,epochs=2",
     )
-    ttt_share: float = setting(0.2, "share of weights that goes back", high=1)
-    ttt_share_tokens: int = setting(100, "tokens to whose average", low=1)
+    ttt_cache: int = setting(0, "longest n-grams' context; 0: none", high=16, frontier=6)
+    ttt_share: float = setting(0.2, "share of weights that returns to their mean", high=1)
+    ttt_share_tokens: int = setting(100, "tokens of that mean", low=1)
 
     def validate(self) -> None:
         """Raises RunError for settings that contradict each other."""
@@ -310,10 +311,11 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
     s = Settings(**given)
     if s.eval_mode == "sliding" or not s.ttt_enabled:
         s.ttt_experts = ""
+    s.ttt_cache *= bool(s.ttt_experts)
     if s.eval_only and s.artifact_path and kept is None:
         return s  # the artifact brings the rest
-    if environ.get("TTT_EXPERTS") and not s.ttt_experts:
-        raise RunError("TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1")
+    if not s.ttt_experts and (environ.get("TTT_EXPERTS") or environ.get("TTT_CACHE", "0") != "0"):
+        raise RunError("TTT_CACHE needs TTT_EXPERTS, that EVAL_MODE=streaming and TTT_ENABLED=1")
     if "ve_layers" not in given:
         s.ve_layers = tuple(layer for layer in s.ve_layers if layer < s.num_layers)
     s.validate()
@@ -1820,6 +1822,37 @@ def mix(losses: Tensor, share: float, look_back: int) -> tuple[Tensor, Tensor]:
     return -(weights * p).sum(dim=0).log().flatten()[:n], weights.flatten(1)[:, :n]
 
 
+STRENGTHS = (1, 8, 64)  # of caches
+
+
+def before(keys: Tensor, counts: Tensor) -> Tensor:
+    """Returns how many that count, (N,) bool, stand earlier and have the same one of keys (N,)."""
+    order = keys.argsort(stable=True)
+    own = counts[order].long()
+    sums = own.cumsum(0) - own
+    begins = keys[order].diff(prepend=keys.new_tensor([-1])) != 0
+    return torch.empty_like(sums).scatter_(0, order, sums - torch.where(begins, sums, 0).cummax(0).values)
+
+
+def cache_losses(tokens: Tensor, losses: Tensor, order: int) -> Tensor:
+    """Returns -log p in nats, (strengths, N), of the targets of tokens (N + 1,) by n-grams.
+
+    The last k tokens were there n times before, d different ones behind them, the target c times:
+    p_k = (c + a d p_{k-1}) / (n + a d), a the strength (Witten and Bell 1991). The first p is that of
+    losses (N,), of a model; then k is 2 to `order` in the text so far, then 1 to `order` in the document.
+    """
+    x, y, p = tokens[:-1].long(), tokens[1:].long(), losses.double().neg().exp()
+    a, every = torch.tensor(STRENGTHS, device=x.device).double()[:, None], x >= 0
+    for context, least in ((0 * x, 2), ((x == BOS).cumsum(0), 1)):
+        for k in range(1, order + 1):
+            context = (context << 16 | F.pad(x, (k - 1, 1 - k))).unique(return_inverse=True)[1]
+            if k >= least:
+                c, n = before(context << 16 | y, every), before(context, every)
+                d = before(context, c == 0)
+                p = torch.where(n > 0, (c + a * d * p) / (n + a * d), p)
+    return -p.log()
+
+
 class Ensemble(Stateful):
     """Experts that each read the text, one at a time on a rank; their mixture counts."""
 
@@ -1871,9 +1904,17 @@ class Ensemble(Stateful):
 
     def mixture(self) -> Score:
         """Returns the score of what counts."""
-        losses, scorer = torch.stack([*self.done.values()]), self.scorer
-        mixed, weights = mix(losses, self.s.ttt_share, self.s.ttt_share_tokens)
-        scorer.hooks.on_mixture(self, losses, mixed, weights)
+        s, scorer, members = self.s, self.scorer, dict(self.done)
+
+        def mixture() -> tuple[Tensor, Tensor]:
+            return mix(torch.stack([*members.values()]), s.ttt_share, s.ttt_share_tokens)
+
+        mixed, weights = mixture()
+        if s.ttt_cache:
+            caches = cache_losses(scorer.tokens, mixed, s.ttt_cache)
+            members |= {f"cache {a}": own for a, own in zip(STRENGTHS, caches, strict=True)}
+            mixed, weights = mixture()
+        scorer.hooks.on_mixture(self, members, mixed, weights)
         read = Read(scorer, torch.arange(scorer.targets, device=mixed.device)[None], mixed[None])
         return Score(*all_reduce(scorer.measure(read, 0, scorer.targets if rank() == 0 else 0)).tolist())
 
@@ -1980,7 +2021,7 @@ class Trainer(Stateful):
     def warm_up(self) -> float:
         """Compile by steps that leave no trace; return the seconds to keep for the end."""
         s, log, clock, before = self.s, self.run_of.log, Clock(), copies(self.weights)
-        number = len(self.calibration_tokens) - 1  # a part shows the speed
+        number = len(self.calibration_tokens) - 1
         part = min(number, max(number // 16, WARM_UP_TOKENS) // s.train_seq_len * s.train_seq_len)
         with self.loader() as spans:
             for i in range(s.warmup_steps):

@@ -38,8 +38,8 @@ class Mixed(T.Hooks):
     def __init__(self):
         self.nll, self.losses, self.experts = None, None, []
 
-    def on_mixture(self, ensemble, losses, mixed, weights):
-        self.nll, self.losses = mixed, losses
+    def on_mixture(self, ensemble, members, mixed, weights):
+        self.nll, self.losses, self.names = mixed, torch.stack([*members.values()]), list(members)
 
     def on_expert(self, ttt):
         self.experts.append(ttt)
@@ -131,6 +131,60 @@ def test_an_expert_that_has_no_finite_loss_counts_for_nothing():
     assert mixed[60:].sum() < losses[0, 60:].sum() + 40 * 0.2
 
 
+def distribution(tokens, base, order, strength, t):
+    """As it is told, by counting: p (V,) of the token behind position t; base (V,) is the model's."""
+    begin = max([i for i in range(t + 1) if tokens[i] == T.BOS], default=0)
+    p, padded = list(base), [0] * order + tokens
+    for first, least in ((0, 2), (begin, 1)):
+        for k in range(least, order + 1):
+            last = [padded[order + i + 1 - k : order + i + 1] for i in range(t + 1)]
+            behind = [tokens[i + 1] for i in range(first, t) if last[i] == last[t]]
+            back = strength * len(set(behind))
+            if behind:
+                p = [(behind.count(y) + back * q) / (len(behind) + back) for y, q in enumerate(p)]
+    return p
+
+
+TEXT = [1, 3, 4, 3, 4, 5, 3, 4, 3, 4, 1, 3, 4, 5, 3, 4, 1, 1, 2, 3, 4, 3, 4, 5, 0, 0, 5, 3, 4, 5]
+
+
+@pytest.mark.parametrize("tokens", [TEXT, TEXT[1:]], ids=["BOS first", "no BOS first"])
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_n_grams_are_distributions_by_what_stands_before(tokens, order):
+    """In the text, then in the document, over a model's."""
+    base = torch.rand(len(tokens) - 1, 6, generator=torch.Generator().manual_seed(0)).softmax(dim=1).double()
+    losses = -base[torch.arange(len(base)), tokens[1:]].log()
+    found = T.cache_losses(torch.tensor(tokens).int(), losses, order)
+    assert found.shape == (len(T.STRENGTHS), len(losses))
+    for a, row in zip(T.STRENGTHS, found.tolist(), strict=True):
+        for t, loss in enumerate(row):
+            p = distribution(tokens, base[t].tolist(), order, a, t)
+            assert sum(p) == pytest.approx(1) and p[tokens[t + 1]] == pytest.approx(math.exp(-loss))
+    assert torch.equal(found[:, 0], losses[:1].expand(3)) and (found != losses).any()
+
+
+def test_n_grams_know_no_later_token():
+    """Bitwise."""
+    tokens, losses = torch.as_tensor(made_up_tokens(301)) % 20, random_losses(1, 300)[0]
+    found = T.cache_losses(tokens, losses, 4)
+    for t in (1, 2, 100, 299, 300):
+        others, later = changed(tokens, t), losses.clone()
+        later[t - 1 :] += 1
+        again = T.cache_losses(others, later, 4)
+        assert torch.equal(again[:, : t - 1], found[:, : t - 1]) and not torch.equal(again, found)
+
+
+def test_n_grams_join_the_mixture_of_experts():
+    """Built on what it was without them."""
+    tokens = made_up_tokens(151) % 20
+    mixed, losses, score = mixture_of(tokens, TTT_EXPERTS=EXPERTS, TTT_CACHE=3)
+    plain, experts, _ = mixture_of(tokens, TTT_EXPERTS=EXPERTS)
+    assert torch.equal(losses[:4], experts.double())
+    assert torch.equal(losses[4:], T.cache_losses(torch.as_tensor(tokens), plain, 3))
+    assert torch.equal(mixed, T.mix(losses, 0.2, 100)[0])
+    assert score.nats == pytest.approx(mixed.sum().item()) and score.nats < plain.sum().item() - 10
+
+
 @pytest.mark.parametrize("n", [10, 24, 40, 151])
 def test_an_ensemble_of_one_is_the_plain_run(n):
     tokens = made_up_tokens(n + 1)
@@ -204,6 +258,7 @@ def test_experts_score_alike_on_any_number_of_processes(tmp_path):
         TTT_EPOCHS=1,
         TTT_CHUNK_TOKENS=256,
         TTT_EXPERTS="lr=0;lr=0.01,chunk=64;lr=0.02;lr=0.02,epochs=2;lr=0.05,muon=0",
+        TTT_CACHE=2,
     )
     assert tiny.run(tmp_path, TTT_ENABLED=0).status == 0
     only = settings | dict(TTT_ENABLED=1, EVAL_ONLY=1, ARTIFACT_PATH="logs/tiny.bin", AUDIT=1)
@@ -212,7 +267,7 @@ def test_experts_score_alike_on_any_number_of_processes(tmp_path):
         result, *others = tiny.run_ranks(tmp_path, world, **only)
         assert (result.status, result.err) == (0, "") and not any(other.status for other in others)
         found[world] = [float(number) for number in re.findall(r"(?:bpb|val_bpb|weight):(\S+)", result.out)]
-        assert result.out.count("\nexpert ") == 5 and "violations:0" in result.out
+        assert result.out.count("\nexpert ") == 8 and "violations:0" in result.out
     for world, numbers in found.items():
         assert numbers == pytest.approx(found[1], abs=1e-4), world
 
@@ -288,11 +343,17 @@ def test_a_share_that_is_none_is_an_error():
 
 def test_the_frontiers_experts_go_with_any_chunk_and_stay_away_where_nothing_streams():
     frontier = T.parse_settings({"RECIPE": "frontier", "TTT_CHUNK_TOKENS": "100", "TTT_EPOCHS": "2"})
-    assert len(T.expert_settings(frontier)) == 8
+    assert len(T.expert_settings(frontier)) == 8 and frontier.ttt_cache == 6
+    needs = "TTT_CACHE needs TTT_EXPERTS, that EVAL_MODE=streaming and TTT_ENABLED=1"
     for setting in ({"EVAL_MODE": "sliding", "TTT_CHUNK_TOKENS": "32768"}, {"TTT_ENABLED": "0"}):
-        assert T.parse_settings({"RECIPE": "frontier"} | setting).ttt_experts == ""
-        with pytest.raises(T.RunError, match="TTT_EXPERTS needs EVAL_MODE=streaming and TTT_ENABLED=1"):
-            T.parse_settings({"RECIPE": "frontier", "TTT_EXPERTS": "lr=0"} | setting)
+        s = T.parse_settings({"RECIPE": "frontier", "TTT_CACHE": "0"} | setting)
+        assert s.ttt_experts == "" and s.ttt_cache == 0
+        for given in ({"TTT_EXPERTS": "lr=0"}, {"TTT_CACHE": "4"}):
+            with pytest.raises(T.RunError, match=needs):
+                T.parse_settings({"RECIPE": "frontier"} | given | setting)
+    assert T.parse_settings({"RECIPE": "frontier", "TTT_EXPERTS": ""}).ttt_cache == 0
+    with pytest.raises(T.RunError, match=needs):
+        T.parse_settings({"EVAL_MODE": "streaming", "TTT_CACHE": "4"})
 
 
 def test_an_artifact_of_a_stream_brings_its_mode_along_when_only_experts_are_given():

@@ -165,11 +165,11 @@ def test_every_setting_is_read_from_the_environment():
                 changed[name] = value + 1 if isinstance(value, int) else value / 2 or 0.5
         assert changed[name] != value
     text = {name: str(int(value) if isinstance(value, bool) else value) for name, value in changed.items()}
-    del text["TTT_EXPERTS"]  # nothing learns
+    del text["TTT_EXPERTS"], text["TTT_CACHE"]  # nothing learns
     found = values(text | dict(VE_LAYERS="0,2", LOOP_LAYERS="1-2", TRAIN_SEQ_SCHEDULE="32@0,64@0.25"))
-    streams = {name: changed.pop(name) for name in ("TTT_EXPERTS",)}
+    streams = {name: changed.pop(name) for name in ("TTT_EXPERTS", "TTT_CACHE")}
     none = {name: found.pop(name) for name in streams}
-    assert found == changed and none == dict(TTT_EXPERTS="")
+    assert found == changed and none == dict(TTT_EXPERTS="", TTT_CACHE=0)
     assert streams.items() <= values(streams | dict(EVAL_MODE="streaming")).items()
     found |= none
     assert {name: type(value) for name, value in found.items()} == {

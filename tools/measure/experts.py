@@ -5,10 +5,8 @@
 
 Each expert reads on its own, as in a run; what it says of each token is kept in --keep, where one that has
 read is not run again. Mixtures then cost seconds: each --mix (numbers in --experts; all of them without one)
-with each --share and each --look-back. Settings are those of the artifact, over them the environment's.
-
---cache adds members that only count: what has followed the same last tokens in the document. Their numbers
-go on behind the experts'. train_gpt.py has none of them yet.
+with each --share, --look-back and --cache (as TTT_CACHE; 0: none). Settings are those of the artifact, over
+them the environment's.
 """
 
 import argparse
@@ -63,7 +61,7 @@ def experts_losses(args: argparse.Namespace, s: T.Settings, weights: Weights) ->
     """Returns each expert's name, losses and seconds, run or from the folder. Raises RunError, OSError."""
     found, data = [], args.file.read_bytes()
     tokens = T.Shard(args.shard).read(0, args.tokens + 1 if args.tokens else None)
-    common = scoring_settings(replace(s, ttt_experts="", ttt_share=0, ttt_share_tokens=1))
+    common = scoring_settings(replace(s, ttt_experts="", ttt_cache=0, ttt_share=0, ttt_share_tokens=1))
     for text in T.expert_settings(s):
         what = hashlib.sha256(data + tokens.tobytes() + f"{common} {text}".encode())
         path = args.keep / f"{args.file.stem}_{what.hexdigest()[:16]}.npz" if args.keep else None
@@ -79,39 +77,22 @@ def experts_losses(args: argparse.Namespace, s: T.Settings, weights: Weights) ->
     return found
 
 
-def seen_before(keys: Tensor) -> Tensor:
-    """Returns how often each of the keys (N,), none below 0, has come before, int64."""
-    order, at = keys.argsort(stable=True), torch.arange(len(keys))
-    first = keys[order].diff(prepend=keys.new_tensor([-1])) != 0  # of its kind
-    return torch.empty_like(at).scatter_(0, order, at - torch.where(first, at, 0).cummax(0).values)
-
-
-def cache_losses(tokens: Tensor, vocab_size: int, length: int) -> Tensor:
-    """Returns -log p in nats (N,) fp64 of the targets of tokens (N + 1,), by counts of the document so far.
-
-    p_k(y) = (times that y has followed the last k tokens + p_{k-1}(y)) / (times that anything has + 1), for k
-    from 0, p_-1 = 1 / V, up to `length`: prediction by partial matching (Cleary and Witten 1984). For each
-    token it is a distribution over all, fixed before the target is seen.
-    """
-    x, y, p = tokens[:-1].long(), tokens[1:].long(), torch.full((len(tokens) - 1,), 1 / vocab_size).double()
-    context = (x == T.BOS).cumsum(0)
-    for k in range(length + 1):
-        if k:
-            before = torch.cat((torch.zeros(k - 1, dtype=torch.long), x))[: len(x)]  # the k-th token back
-            context = (context * vocab_size + before).unique(return_inverse=True)[1]
-        p = (seen_before(context * vocab_size + y) + p) / (seen_before(context) + 1)
-    return -p.log()
-
-
-def mixtures(args: argparse.Namespace, found: list[dict[str, Any]], size: T.Score) -> list[dict[str, Any]]:
-    """Returns the score of each set with each share and look-back; `size` knows the text's bytes."""
+def mixtures(
+    args: argparse.Namespace, found: list[dict[str, Any]], ids: Tensor, size: T.Score
+) -> list[dict[str, Any]]:
+    """Returns the score of each set with each share, look-back and cache; `size` knows the text's bytes."""
     rows = []
     for chosen in args.mix or [list(range(len(found)))]:
-        losses = torch.from_numpy(np.stack([found[k]["losses"] for k in chosen]))
-        for share, look_back in product(args.share, args.look_back):
+        experts = torch.from_numpy(np.stack([found[k]["losses"] for k in chosen]))
+        for share, look_back, cache in product(args.share, args.look_back, args.cache):
+            start, losses = time.perf_counter(), experts
             mixed, weights = T.mix(losses, share, look_back)
-            row = {"mix": chosen, "share": share, "look_back": look_back}
+            if cache:
+                losses = torch.cat((losses, T.cache_losses(ids, mixed, cache)))
+                mixed, weights = T.mix(losses, share, look_back)
+            row = {"mix": chosen, "share": share, "look_back": look_back, "cache": cache}
             row["bpb"] = size._replace(nats=mixed.sum().item()).val_bpb
+            row["seconds"] = time.perf_counter() - start
             rows.append(row | {"weights": weights.mean(dim=1).tolist()})
     return rows
 
@@ -127,11 +108,24 @@ def experts_report(found: dict[str, Any]) -> str:
     for row in found["mixtures"]:
         own = min(experts[k]["bpb"] for k in row["mix"])
         gains = [f"{row['bpb'] - bpb:+.4f}" for bpb in (own, best)]
-        which = [",".join(map(str, row["mix"])), f"{row['share']:g}", str(row["look_back"])]
+        which = [
+            ",".join(map(str, row["mix"])),
+            f"{row['share']:g}",
+            str(row["look_back"]),
+            str(row["cache"]),
+        ]
         rows.append([*which, f"{row['bpb']:.4f}", *gains])
-    header = ["mixture of", "share", "look back", "val_bpb", "above its best", "above the best of all"]
+    header = [
+        "mixture of",
+        "share",
+        "look back",
+        "cache",
+        "val_bpb",
+        "above its best",
+        "above the best of all",
+    ]
     first = table(["", "expert", "val_bpb", "seconds"], alone, right=2)
-    return f"{first}\n\n{table(header, rows, right=5)}"
+    return f"{first}\n\n{table(header, rows, right=6)}"
 
 
 def numbers(text: str) -> list[int]:
@@ -147,9 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--experts", required=True, help="as TTT_EXPERTS")
     parser.add_argument("--tokens", type=positive, help="score the shard's first N tokens (all)", metavar="N")
     parser.add_argument("--keep", type=Path, help="folder of experts' scores")
-    parser.add_argument(
-        "--cache", type=int, nargs="+", default=[], help="also caches of so many tokens", metavar="N"
-    )
+    parser.add_argument("--cache", nargs="+", default=["0"], help="orders (0)", metavar="N")
     parser.add_argument("--mix", type=numbers, action="append", help="experts to mix, such as 0,2,3 (all)")
     parser.add_argument("--share", type=float, nargs="+", default=[0.2], help="(%(default)s)")
     parser.add_argument("--look-back", type=positive, nargs="+", default=[100], help="targets (%(default)s)")
@@ -158,29 +150,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with ends_in_one_line():
         check_folder_of(args.json)
+        args.cache = [T.parse_value("TTT_CACHE", text) for text in args.cache]
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
         weights = read_weights(args.file)
-        own = {"EVAL_MODE": "streaming", "TTT_ENABLED": "1", "TTT_EXPERTS": args.experts}
+        own = {"EVAL_MODE": "streaming", "TTT_ENABLED": "1", "TTT_EXPERTS": args.experts, "TTT_CACHE": "0"}
         s = weights.settings(os.environ | own | {"EVAL_MAX_SECONDS": "1e9"})
-        count = len(T.expert_settings(s)) + len(args.cache)
+        count = len(T.expert_settings(s))
         for bad in (k for mix in args.mix or [] for k in mix if not 0 <= k < count):
             raise T.RunError(f"--mix: {bad} is no number of an expert")
         experts = experts_losses(args, s, weights)
         tables, _ = tables_on(torch.device("cpu"), s)
         ids = torch.from_numpy(T.Shard(args.shard).read(0, len(experts[0]["losses"]) + 1).astype(np.int64))
-        for length in args.cache:
-            start = time.perf_counter()
-            losses = cache_losses(ids, s.vocab_size, length).float().numpy()
-            took = time.perf_counter() - start
-            experts.append({"expert": f"cache of {length} tokens", "losses": losses, "seconds": took})
         size = T.Score(tokens=len(ids) - 1, bytes=int(tables.count(ids[:-1], ids[1:]).sum()))
         found = {
             "title": args.title or args.file.stem,
             "machine": machine_name(torch.device("cpu")),
             "tokens": size.tokens,
             "settings": scoring_settings(s),
-            "mixtures": mixtures(args, experts, size),
+            "mixtures": mixtures(args, experts, ids, size),
         }
         for expert in experts:
             nats = float(expert.pop("losses").sum(dtype=np.float64))

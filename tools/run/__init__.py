@@ -133,10 +133,12 @@ class HookGroup(Hooks):
         for hook in self.hooks:
             hook.on_expert(ttt)
 
-    def on_mixture(self, ensemble: Ensemble, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
-        """Experts' losses (E, N) gave those that count, (N,), by weights (E, N)."""
+    def on_mixture(
+        self, ensemble: Ensemble, members: dict[str, Tensor], mixed: Tensor, weights: Tensor
+    ) -> None:
+        """Losses (N,) of experts, then of caches, gave those that count, (N,), by weights (members, N)."""
         for hook in self.hooks:
-            hook.on_mixture(ensemble, losses, mixed, weights)
+            hook.on_mixture(ensemble, members, mixed, weights)
 
     def on_stage(self, name: str, score: Score) -> None:
         """A stage has its score; "averaged" is training's."""

@@ -9,6 +9,8 @@
     chunks     So are some chunks of test-time training, from the weights before them.
     mixture    Of experts, each checked as a stage by itself, weights follow from the scores before, sum to 1
                and make the scores that count of those recorded; with other scores behind, bitwise the same.
+               What n-grams say of some targets is counted again, in the tokens before them only; with other
+               tokens behind, bitwise the same.
     bytes      Those of a score are the whole text's; those of some documents are what SentencePiece decodes.
     totals     Score, val_loss and val_bpb are those of what was recorded.
     files      No training shard, nor what else is beside the validation shards, is opened or mapped.
@@ -40,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as T
@@ -49,7 +52,7 @@ CHECKS = ("positions", "order", "weights", "sums", "reads", "chunks", "mixture",
 REPEATED = 0.25  # of chunks, and of reads without chunks, while there is time
 PIECE = 4096  # most tokens of a document that are decoded at once
 SUM_TOLERANCE, TOTAL_TOLERANCE = 1e-4, 1e-9  # of a sum of probabilities; of a total, relative
-BLOCKS = 3  # of a mixture that are made again
+BLOCKS, PLACES = 3, 20  # of a mixture that are made again; targets whose n-grams are counted again
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of nats, since compiled code rounds otherwise
 MOVED = "the weights changed outside an update"
 FOREIGN = "the weights learn from what is no part of the text that is scored"
@@ -391,22 +394,33 @@ class Audit(T.Hooks):
                 self.made.update(stage.made)
                 self.stage = None
 
-    def on_mixture(self, ensemble: T.Ensemble, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
+    def on_mixture(
+        self, ensemble: T.Ensemble, members: dict[str, Tensor], mixed: Tensor, weights: Tensor
+    ) -> None:
         """Check a mixture's weights and scores."""
         if stage := self.watched():
             with self.aside():
-                for row, name in zip(losses, ensemble.done, strict=True):
+                losses, experts = torch.stack([*members.values()]), len(ensemble.done)
+                for name, row in ensemble.done.items():
                     said = self.nats.get(name, row.cpu().double())
                     wrong = ~said.isnan() & (said != row.cpu().double())
                     stage.fail_at("mixture", f"scores are not those of expert {name}", wrong)
                 wrong = (weights.sum(dim=0) - 1).abs() > TOTAL_TOLERANCE
                 stage.fail_at("mixture", "weights do not sum to 1", wrong)
-                blocks = range(0, stage.targets, T.BLOCK)
-                for low in self.own.sample(blocks, min(BLOCKS, len(blocks))):
-                    own = slice(low, low + T.BLOCK)
-                    self.check_block(stage, low, losses[:, own], mixed[own], weights[:, own])
+                self.check_blocks(stage, losses, mixed, weights)
+                if experts < len(losses):
+                    base = T.mix(losses[:experts], self.s.ttt_share, self.s.ttt_share_tokens)
+                    self.check_blocks(stage, losses[:experts], *base)
+                    self.check_caches(stage, losses[experts:], base[0])
                 self.check_future(stage, losses, mixed)
                 stage.made["mixture"] += 1
+
+    def check_blocks(self, stage: Stage, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
+        """Make some blocks of a mixture again."""
+        blocks = range(0, stage.targets, T.BLOCK)
+        for low in self.own.sample(blocks, min(BLOCKS, len(blocks))):
+            own = slice(low, low + T.BLOCK)
+            self.check_block(stage, low, losses[:, own], mixed[own], weights[:, own])
 
     def check_block(self, stage: Stage, low: int, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
         """Make a block's weights and scores again, target by target."""
@@ -422,6 +436,37 @@ class Audit(T.Hooks):
             average = average + (posterior - average) / s.ttt_share_tokens
             now = (1 - s.ttt_share) * posterior + s.ttt_share * average
         return None
+
+    def check_caches(self, stage: Stage, caches: Tensor, base: Tensor) -> None:
+        """Count again what some targets' n-grams are, and all of them with other tokens behind a random one.
+
+        `caches` (strengths, N) and `base` (N,), on which they build, are losses.
+        """
+        tokens = stage.tokens.long()
+        for t in self.own.sample(range(stage.targets), min(PLACES, stage.targets)):
+            own = self.counted(tokens[: t + 1], tokens[t + 1], base[t])
+            if not torch.allclose(own, caches[:, t], 1e-9, 1e-9):
+                stage.fail("mixture", f"n-grams are not those of the tokens before: at position {t}")
+        place = self.own.randint(stage.targets // 4, stage.targets // 2)
+        others = with_others(self.evaluation.scorer, slice(place + 1, None), self.own).tokens
+        later = torch.cat((base[:place], base[place:].flip(0)))
+        again = T.cache_losses(others, later, self.s.ttt_cache)
+        wrong = (again != caches).any(dim=0)[:place]
+        stage.fail_at("mixture", "n-grams knew a later token", wrong)
+
+    def counted(self, past: Tensor, target: Tensor, loss: Tensor) -> Tensor:
+        """Returns n-grams' losses (strengths,) for a target behind tokens (t,); `loss`: the model's."""
+        strength = torch.tensor(T.STRENGTHS, dtype=torch.float64, device=past.device)
+        p, document = (-loss).exp(), int((past == T.BOS).nonzero()[-1:].sum())
+        for begin, least in ((0, 2), (document, 1)):
+            for k in range(least, self.s.ttt_cache + 1):
+                last = F.pad(past, (k - 1, 0))  # as if zeros stood before the text
+                same = (last.unfold(0, k, 1)[begin:-1] == last[-k:]).all(dim=1)
+                behind = past[begin + 1 :][same]
+                if len(behind):
+                    backing = strength * len(behind.unique())
+                    p = ((behind == target).sum() + backing * p) / (len(behind) + backing)
+        return -p.log().expand(len(strength))
 
     def check_future(self, stage: Stage, losses: Tensor, mixed: Tensor) -> None:
         """Mix again with other scores behind a random place in the second quarter."""

@@ -1,4 +1,4 @@
-"""Logs what each expert of an ensemble gave: its bits per byte, and its weight over the text."""
+"""Logs what each member of a mixture gave: its bits per byte, and its weight over the text."""
 
 import torch
 from torch import Tensor
@@ -14,15 +14,18 @@ class Experts(Hooks):
     def __init__(self) -> None:
         self.names: list[str] = []
         self.nats: list[float] = []
-        self.weights: list[list[float]] = []  # of each expert, the means of parts
+        self.weights: list[list[float]] = []  # of each member, the means of parts
 
     def on_start(self, run: Run) -> None:
         """Keep the run."""
         self.run = run
 
-    def on_mixture(self, ensemble: Ensemble, losses: Tensor, mixed: Tensor, weights: Tensor) -> None:
-        """Keep each expert's name, nats and mean weights."""
-        self.names, self.nats = list(ensemble.done), losses.sum(dim=1, dtype=torch.float64).tolist()
+    def on_mixture(
+        self, ensemble: Ensemble, members: dict[str, Tensor], mixed: Tensor, weights: Tensor
+    ) -> None:
+        """Keep each member's name, nats and mean weights."""
+        self.names = list(members)
+        self.nats = [losses.sum(dtype=torch.float64).item() for losses in members.values()]
         parts = weights.tensor_split(min(PARTS, weights.size(1)), dim=1)
         self.weights = torch.stack([part.mean(dim=1) for part in parts], dim=1).tolist()
 

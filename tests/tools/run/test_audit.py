@@ -44,6 +44,7 @@ MODES = {
     "stream, Muon": STREAM,
     "stream, SGD": STREAM | dict(TTT_MUON=0),
     "experts": EXPERTS,
+    "experts and n-grams": EXPERTS | dict(TTT_CACHE=3),
 }
 
 
@@ -768,6 +769,38 @@ MIXTURES = {
         "expert lr=0: probabilities do not",
     ),
 }
+
+
+def counts_the_target(tokens, losses, order):
+    """As if it had stood there once before."""
+    return T_CACHE(tokens, losses, order).neg().exp().lerp(torch.tensor(1.0).double(), 0.01).log().neg()
+
+
+def knows_what_comes(tokens, losses, order):
+    """What stands in the whole text."""
+    return T_CACHE(tokens.repeat(2)[:-1], losses.repeat(2), order)[:, len(losses) :]
+
+
+def is_a_tenth_below_the_model(tokens, losses, order):
+    """Whatever was counted."""
+    return (losses - 0.1).expand(3, -1)
+
+
+T_CACHE = T.cache_losses
+CACHES = {
+    "counts the target": (counts_the_target, "n-grams are not those of the tokens before"),
+    "knows what comes": (knows_what_comes, "n-grams knew a later token"),
+    "no distribution": (is_a_tenth_below_the_model, "n-grams are not those of the tokens before"),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_n_grams_that_break_a_rule_are_named(here, name):
+    cache, words = CACHES[name]
+    with patch.object(T, "cache_losses", cache):
+        *_, found = audited(EXPERTS | dict(TTT_CACHE=2))
+    assert "mixture" in found["failed"]
+    assert any(words in line for line in found["violations"]), found["violations"]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
