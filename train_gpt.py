@@ -196,7 +196,7 @@ class Settings:
     ttt_experts: str = setting(
         "",
         "streams to mix, as lr=0;lr=0.02,chunk=64",
-        frontier="lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.02,decay=0.02;lr=0.01,epochs=2",
+        frontier="lr=0;lr=0.0025;lr=0.005;lr=0.01;lr=0.02;lr=0.04;lr=0.08;lr=0.01,epochs=2",
     )
     ttt_cache: int = setting(0, "longest n-grams' context; 0: none", high=16, frontier=6)
     ttt_share: float = setting(0.2, "share of weights that returns to their mean", high=1)

@@ -277,3 +277,19 @@ def test_a_stream_of_cuda_graphs_scores_like_one_without(recipe):
     difference = (found[0] - found[1]).abs()
     print(f"with CUDA graphs at most {difference.max().item():.1e} nats apart")
     assert difference[:72].max() < 1e-4 and difference.mean() < 1e-2  # later ones learnt from roundings
+
+
+def test_n_grams_are_the_cpus_and_their_time_and_memory_at_fineweb_size_are_told():
+    """Of as many tokens as FineWeb's validation text has with a vocabulary of 8,192."""
+    number, vocabulary = 40_500_000 if DEVICE.type == "cuda" else 20_000, 8192
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.rand(number + 1, generator=generator) ** 8 * vocabulary).int()
+    losses = 3 + torch.rand(number, generator=generator)
+    some = slice(0, 20_000)
+    expected = T.cache_losses(tokens[: some.stop + 1], losses[some], 6)
+    tokens, losses, clock = tokens.to(DEVICE), losses.to(DEVICE), T.Clock()
+    found = T.cache_losses(tokens, losses, 6)
+    mixed, _ = T.mix(torch.cat((losses.expand(8, -1), found)), 0.2, 100)
+    print(f"{number} tokens: {clock.seconds():.1f} s, {T.peak_memory():.0f} MiB at most")
+    torch.testing.assert_close(found[:, some].cpu(), expected, rtol=1e-9, atol=1e-9)
+    assert mixed.isfinite().all()

@@ -174,6 +174,21 @@ def test_n_grams_know_no_later_token():
         assert torch.equal(again[:, : t - 1], found[:, : t - 1]) and not torch.equal(again, found)
 
 
+@pytest.mark.parametrize("experts, most", [(1, 0.006), (8, 0.002)])
+def test_n_grams_that_know_nothing_cost_little(experts, most):
+    """Of a text drawn by the model's own probabilities, more or less sure."""
+    generator, n, size = torch.Generator().manual_seed(0), 50_000, 1024
+    sure = torch.rand(n, generator=generator) ** 0.3
+    tokens, right = (
+        torch.randint(size, (n + 1,), generator=generator).int(),
+        torch.rand(n, generator=generator) < sure,
+    )
+    losses = -torch.where(right, sure, (1 - sure) / (size - 1)).log()
+    members = torch.cat((losses.expand(experts, -1), T.cache_losses(tokens, losses, 6)))
+    mixed, _ = T.mix(members, 0.2, 100)
+    assert 0 < mixed.mean() - losses.double().mean() < most
+
+
 def test_n_grams_join_the_mixture_of_experts():
     """Built on what it was without them."""
     tokens = made_up_tokens(151) % 20

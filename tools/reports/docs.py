@@ -89,6 +89,27 @@ def experts_part(paths: list[Path]) -> str:
     return table(header, rows)
 
 
+def ngrams_part(paths: list[Path]) -> str:
+    """Returns what n-grams add, of files of tools.measure.experts --cache. Raises RunError."""
+    rows, orders = [], (0, 2, 4, 6)
+    for path in paths:
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            alone = {expert["expert"]: expert["bpb"] for expert in found["experts"]}
+            names, best = [*alone], min(alone, key=alone.get)
+            bpb = {
+                (len(row["mix"]), names[row["mix"][0]], row["cache"]): row["bpb"] for row in found["mixtures"]
+            }
+            everyone = [f"{bpb[len(names), names[0], order]:.4f}" for order in orders]
+            single = [f"{alone[name]:.4f}, {bpb[1, name, orders[-1]]:.4f}" for name in ("lr=0", best)]
+            took = max(row["seconds"] for row in found["mixtures"])
+            rows.append([found["title"], *single, *everyone, f"{took:.1f}"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            raise RunError(f"{path}: no figures of tools.measure.experts --cache") from None
+    header = ["model and text", "not learning, with", "best alone, with", "four mixed"]
+    return table([*header, *(f"order {order}" for order in orders[1:]), "seconds"], rows)
+
+
 def tools_part(root: Path) -> str:
     """Returns a row for each command in tools/: what the first sentence of its docstring says."""
     rows = []
@@ -325,6 +346,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {  # where each part stand
     "tuning": ("docs/experiments.md", lambda root: ablation_part([root / "logs/tuning.json"])),
     "tuning-8": ("docs/experiments.md", lambda root: ablation_part([root / "logs/tuning_8.json"])),
     "experts": ("docs/experiments.md", lambda root: experts_part(sorted(root.glob("logs/experts_*.json")))),
+    "ngrams": ("docs/experiments.md", lambda root: ngrams_part(sorted(root.glob("logs/ngrams_*.json")))),
     "scoring": ("docs/experiments.md", lambda root: scoring_part(root / "logs/bench_eval.json")),
 }
 

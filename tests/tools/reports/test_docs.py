@@ -59,6 +59,9 @@ After.
 <!-- generated: experts -->
 <!-- end -->
 
+<!-- generated: ngrams -->
+<!-- end -->
+
 <!-- generated: scoring -->
 <!-- end -->
 
@@ -75,6 +78,17 @@ EXPERTS = {
         {"expert": "lr=0.04", "bpb": 2.375, "seconds": 20},
     ],
     "mixtures": [{"mix": [0, 1, 2], "bpb": 2.125}, {"mix": [0, 2], "bpb": 2.3125}],
+}
+
+
+NGRAMS = {
+    "title": "2 tokens a weight",
+    "experts": [{"expert": "lr=0", "bpb": 2.5}, {"expert": "lr=0.02", "bpb": 2.25}],
+    "mixtures": [
+        {"mix": mix, "cache": order, "bpb": 2 + best / 8 - order / 32, "seconds": order / 2}
+        for best, mix in enumerate(([0, 1], [1], [0]))
+        for order in (0, 2, 4, 6)
+    ],
 }
 
 
@@ -100,7 +114,8 @@ ALL = (
     "demo in README.md, tools in docs/tools.md, settings in docs/settings.md, recipes in docs/frontier.md, "
     "full-size in docs/frontier.md, speed in docs/gpu.md, quantizers in docs/experiments.md, "
     "ablation in docs/experiments.md, ablation-42 in docs/experiments.md, tuning in docs/experiments.md, "
-    "tuning-8 in docs/experiments.md, experts in docs/experiments.md, scoring in docs/experiments.md"
+    "tuning-8 in docs/experiments.md, experts in docs/experiments.md, ngrams in docs/experiments.md, "
+    "scoring in docs/experiments.md"
 )
 TOOL = '''"""Count the words of a log.
 
@@ -186,6 +201,7 @@ def folder(tmp_path, monkeypatch):
     for name, seed in zip(names, (1, 2, 42, 7, 8), strict=True):
         Path(f"logs/{name}.json").write_text(json.dumps(ablation_of(seed)))
     Path("logs/experts_02.json").write_text(json.dumps(EXPERTS))
+    Path("logs/ngrams_2.json").write_text(json.dumps(NGRAMS))
     for recipe, name, step in (
         ("record", "cuda_check", "420.5"),
         ("frontier", "cuda_check_frontier", "860.25"),
@@ -369,6 +385,15 @@ def test_the_experts_part_compares_mixtures_with_the_best_alone(folder):
     path.write_text('{"experts": []}')
     with pytest.raises(RunError, match="logs/experts_02.json: no figures of tools.measure.experts"):
         docs.experts_part([path])
+
+
+def test_the_n_grams_part_has_what_each_gains_by_them(folder):
+    path = Path("logs/ngrams_2.json")
+    scores = "2.5000, 2.0625     | 2.2500, 1.9375   | 2.0000     | 1.9375  | 1.8750  | 1.8125  | 3.0     |"
+    assert f"| 2 tokens a weight | {scores}" in docs.ngrams_part([path])
+    path.write_text('{"experts": []}')
+    with pytest.raises(RunError, match="logs/ngrams_2.json: no figures of tools.measure.experts --cache"):
+        docs.ngrams_part([path])
 
 
 def test_the_quantizers_part_has_the_points_of_equal_size_and_what_is_saved(folder):
