@@ -321,7 +321,7 @@ def charts_part(pages: dict[str, Page]) -> str:
     ]
     for name, page in pages.items():
         if page.curves["experts"]:
-            title = f"TTT: experts' weights in {name}"
+            title = f"TTT: weights in the mixture of {name}"
             charts.append((title, weights(page), ("validation text scored (%)", "share"), "experts"))
     if any(len(page.curves["validations"]) > 2 for page in pages.values()):
         traces = curve(pages, "validations")

@@ -152,14 +152,15 @@ def draw_scores(axes: "Axes", runs: dict[str, dict]) -> None:
 
 
 def draw_weights(axes: "Axes", runs: dict[str, dict]) -> None:
-    """The weights of the first ensemble's experts over the text, stacked."""
+    """The weights of the first ensemble's members over the text, stacked."""
     name, experts = next((name, run["experts"]) for name, run in runs.items() if run["experts"])
     parts = len(next(iter(experts.values())))
     axes.stackplot((np.arange(parts) + 0.5) * 100 / parts, *experts.values(), labels=list(experts))
     axes.set(xlim=(0, 100), ylim=(0, 1))
-    axes.legend(loc="lower left", fontsize=7, title="bits per byte alone", title_fontsize=7, reverse=True)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 7, "title_fontsize": 7}
+    axes.legend(**beside, title="bits per byte alone", reverse=True)
     others = [other for other, run in runs.items() if not run["experts"]]
-    title = "TTT: experts' weights" + (f" of {name}" if len(runs) > 1 else "")
+    title = "TTT: weights in the mixture" + (f" of {name}" if len(runs) > 1 else "")
     finish(axes, title, "validation text scored (%)", "share", others, len(runs))
 
 
