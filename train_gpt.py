@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import chain, count, cycle, pairwise
+from itertools import chain, count, cycle, islice, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -221,6 +221,8 @@ class Settings:
             "TRAIN_SEQ_SCHEDULE must rise from share 0 on, to TRAIN_SEQ_LEN at most": schedule[1][1] in (0, 9)
             and all(a < c and b < d for (a, b), (c, d) in pairwise(schedule)),
             "TRAIN_SEQ_SCHEDULE needs DOCUMENT_ATTENTION=1": s.document_attention or len(schedule) == 2,
+            "MUON_BACKEND_STEPS must be at most 5 if NS_COEFFICIENTS=polar": s.ns_coefficients != "polar"
+            or s.muon_backend_steps <= len(POLAR),
             "TRAIN_BATCH_TOKENS must be a multiple of 8 * TRAIN_SEQ_LEN": not s.train_batch_tokens % spans,
             "ATTN_GATE_CHANNELS must be at most MODEL_DIM": s.attn_gate_channels <= s.model_dim,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": s.eval_stride <= s.eval_seq_len,
@@ -1070,12 +1072,12 @@ class GPT(nn.Module):
 
 
 CLASSIC = ((3.4445, -4.775, 2.0315),)  # https://kellerjordan.github.io/posts/muon, of all steps
-POLAR = (  # Polar Express, arXiv 2505.16932, of step after step; the last repeats
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+POLAR = (  # Polar Express, arXiv 2505.16932, of step after step; as fp32
+    (8.15655452, -22.4832929, 15.8787699),
+    (4.04292994, -2.80891747, 0.500017845),
+    (3.8916678, -2.77248415, 0.506064818),
+    (3.28575366, -2.36812949, 0.464490242),
+    (2.34654133, -1.70978284, 0.423235512),
 )
 
 
@@ -1084,8 +1086,7 @@ def newton_schulz(G: Tensor, steps: int, triples: tuple = CLASSIC) -> Tensor:
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for i in range(steps):
-        a, b, c = triples[min(i, len(triples) - 1)]
+    for a, b, c in islice(cycle(triples), steps):
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
     return X.mT if tall else X
