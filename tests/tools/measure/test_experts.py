@@ -96,6 +96,7 @@ def test_a_cache_is_mixed_in_as_in_a_run(here, capsys):
     experts.main([*WHAT, "--experts", "lr=0", "--cache", "0", "3", "--json", "found.json"])
     plain, mixed = json.loads((here / "found.json").read_text())["mixtures"]
     assert (plain["cache"], mixed["cache"], len(mixed["weights"])) == (0, 3, 4)
-    assert f"val_bpb:{mixed['bpb']:.6f}" in result.out and mixed["bpb"] < plain["bpb"]
+    final = float(result.out.rsplit("val_bpb:", 1)[1].split()[0])
+    assert mixed["bpb"] == pytest.approx(final, rel=1e-6) and mixed["bpb"] < plain["bpb"]
     assert "| 0          |   0.2 |       100 |     3 |" in capsys.readouterr().out
     assert "TTT_CACHE='17'" in fails(experts.main, *WHAT, "--experts", "lr=0", "--cache", "17")
