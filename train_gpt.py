@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_map_only
 Value = TypeVar("Value")
 State = dict[str, Any]
 Named = Mapping[str, Tensor]
-Schedule = tuple[tuple[int, float], ...]  # values, and from which share of training on
+Schedule = tuple[tuple[int, float], ...]  # values, from a share of training on
 SPANS = 8  # of a step, and most processes
 
 
@@ -65,7 +65,7 @@ class Stopped(Exception):
     """The run ends as a hook asked; what could be kept is kept."""
 
 
-STOPPED_STATUS = 75  # exit status of a run that can go on later
+STOPPED_STATUS = 75  # exit status, if it can go on later
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -193,6 +193,7 @@ class Settings:
     ttt_momentum: float = setting(0.9, "momentum of SGD", high=0.999999)
     ttt_grad_clip: float = setting(1.0, "most norm of the gradient; 0: no limit")
     ttt_decay: float = setting(0.0, "way back to the first weights, each update", high=1, frontier=0.005)
+    ttt_forget: bool = setting(False, "learn anew where documents begin")
     ttt_experts: str = setting(
         "",
         "streams to mix, as lr=0;lr=0.02,chunk=64",
@@ -327,7 +328,7 @@ def parse_settings(environ: Mapping[str, str], kept: Mapping[str, Any] | None = 
     return s
 
 
-EXPERT_KEYS = {key: f"TTT_{key.upper()}" for key in ("lr", "decay", "epochs", "muon")}
+EXPERT_KEYS = {key: f"TTT_{key.upper()}" for key in ("lr", "decay", "epochs", "muon", "forget")}
 EXPERT_KEYS["chunk"] = "TTT_CHUNK_TOKENS"
 
 
@@ -500,7 +501,7 @@ class Clock:
 
 
 class Hooks:
-    """Where tools may watch a run: see tools/run/__init__.py; here all do nothing."""
+    """Where tools may watch a run, see tools/run/__init__.py."""
 
     def __str__(self) -> str:
         return "none"
@@ -597,7 +598,7 @@ GET_DATA = "get data by `make demo` or `python -m tools.data.fineweb`"
 
 
 SPACES = ("\u2581", " ")  # SentencePiece's
-BOS = 1  # the token that begins each document
+BOS = 1  # begins each document
 
 
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
@@ -1072,7 +1073,7 @@ class GPT(nn.Module):
 
 
 CLASSIC = ((3.4445, -4.775, 2.0315),)  # https://kellerjordan.github.io/posts/muon, of all steps
-POLAR = (  # Polar Express, arXiv 2505.16932, of step after step; as fp32
+POLAR = (  # Polar Express, arXiv 2505.16932, of step after step
     (8.15655452, -22.4832929, 15.8787699),
     (4.04292994, -2.80891747, 0.500017845),
     (3.8916678, -2.77248415, 0.506064818),
@@ -1188,7 +1189,7 @@ def ema_decay(step: int, s: Settings) -> float:
 
 # ======== Quantization ========
 
-RMS_STEPS = 12  # in a row's rms at knob 1: about as fine as the record's int6
+RMS_STEPS = 12  # in a row's rms at knob 1, about the record's int6
 TINY = 2.0**-24  # the least fp16 above zero
 MOST = 4095  # the largest integer of a weight
 REACH = 900  # steps in a row's largest weight, at most, before the knob
@@ -1286,7 +1287,7 @@ def gptq(bank: Tensor, step: Tensor, factors: Factor) -> Tensor:
     return w.scatter_(2, order, q)
 
 
-# The fields of Matrices whose inputs a bank's parts have
+# Whose inputs a bank's parts have
 BANK_INPUTS = {
     "qo_bank": ("qkv", "out"),
     "kv_bank": ("qkv", "qkv"),
@@ -1682,7 +1683,7 @@ class SlidingMode:
 class StreamingMode:
     """Each position is read once and sees a window. Chunk 0 is a window.
 
-    Keys and values of the past stay as they were when read. Without experts all ranks do the same.
+    Keys and values of the past stay as they were when read.
     """
 
     stage = "final_int6_streaming"
@@ -1715,8 +1716,12 @@ class StreamingMode:
 
     def learn_chunk(self, chunk: int, epochs: int) -> None:
         """Learn from all tokens of a chunk, an update an epoch."""
+        forget = self.s.ttt_forget and (self.scorer.ids(self.first_read.at) == BOS).any()
+        if forget:
+            copy_weights(self.learner.weights, self.learner.first)
+            self.learner.hooks.on_forget(self.learner)
         for epoch in range(epochs):
-            read = self.read(chunk) if epoch else self.first_read
+            read = self.read(chunk) if epoch or forget else self.first_read
             self.learner.update(read.losses.sum() / self.s.ttt_chunk_tokens, self.s.ttt_lr)
 
 
@@ -1727,11 +1732,11 @@ class Pace(Stateful):
     """Keeps to EVAL_MAX_SECONDS by rank 0's clock: if short of time, less is learnt, evenly."""
 
     STATE = ("now", "rate", "credit", "scoring", "learning")
-    CHECKS = 200  # of the clock, since reading it waits for the device
+    CHECKS = 200  # of the clock, which waits for the device
 
     def __init__(self, s: Settings, chunks: int, clock: Clock):
         self.s, self.chunks, self.clock = s, chunks, clock
-        self.limit = 0.97 * s.eval_max_seconds * (0.97 if s.audit else 1)  # a reserve; an audit may take 3%
+        self.limit = 0.97 * s.eval_max_seconds * (0.97 if s.audit else 1)  # a reserve; an audit's 3%
         self.rate, self.credit = 1.0, 0.0  # share of the wanted epochs; epochs that are due
         self.scoring, self.learning = 0.0, 0.0  # seconds to score a chunk; for an epoch on one
         self.now = from_rank0(clock.seconds())
@@ -1771,7 +1776,7 @@ class TestTimeTraining(Stateful):
         self.mode, self.learner, self.log, self.hooks = mode, mode.learner, log, mode.learner.hooks
         self.pace = Pace(mode.s, mode.chunks, clock or Clock())
         self.records = []  # of each chunk: sums (3,) fp64, epochs
-        self.every = 1  # chunks after which all ranks have come as far
+        self.every = 1  # chunks between meetings
 
     def run(self) -> Score:
         """Score and learn from chunks to come; return the score of all. Raises Stopped."""
@@ -1863,8 +1868,8 @@ class Ensemble(Stateful):
     def __init__(self, s: Settings, scorer: Scorer, clock: Clock, log: Log):
         self.s, self.scorer, self.clock, self.log = s, scorer, clock, log
         self.experts = expert_settings(s)
-        self.done: dict[str, Tensor] = {}  # losses (N,) of those that have read all
-        self.begun: dict[str, State] = {}  # of others, from before a restart
+        self.done: dict[str, Tensor] = {}  # losses (N,)
+        self.begun: dict[str, State] = {}  # from before a restart
         self.now: dict[str, TestTimeTraining] = {}
 
     def state_dict(self) -> State:
@@ -1964,7 +1969,7 @@ def report_stage(run: Run, name: str, score: Score, seconds: float) -> None:
 
 # ======== Training ========
 
-WARM_UP_TOKENS = 16384  # least ones to calibrate by in warm-up
+WARM_UP_TOKENS = 16384  # least ones in warm-up
 
 
 class Trainer(Stateful):
@@ -2027,7 +2032,7 @@ class Trainer(Stateful):
         with self.loader() as spans:
             for i in range(s.warmup_steps):
                 report_progress(self.run_of.hooks, "warm-up", i / s.warmup_steps)
-                self.enter((i + 1) % 2)  # both orders of layers
+                self.enter((i + 1) % 2)
                 self.train_step(together(spans.__next__), 1.0, s.muon_momentum)
         copy_weights(self.weights, before)
         self.optimizers = Optimizers(self.model, s)
@@ -2049,7 +2054,7 @@ class Trainer(Stateful):
         clock.add(self.elapsed)
         with self.loader(self.done) as spans:
             while True:
-                expected = self.elapsed + self.elapsed / max(self.done, 1)  # after one more step
+                expected = self.elapsed + self.elapsed / max(self.done, 1)
                 last = self.done == s.iterations or (self.done > 0 and expected > budget)
                 self.enter(1 if last else share_done(self.done, s, self.elapsed, budget))
                 if last or (s.val_loss_every and self.done % s.val_loss_every == 0):
@@ -2199,7 +2204,7 @@ def execute(run: Run) -> None:
     """Train, unless there is only something to score; score the artifact on disk."""
     s, hooks, source = run.settings, run.hooks, Path(__file__).read_bytes()
     if run.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # shapes and modes
+        torch._dynamo.config.recompile_limit = 64
         torch.set_float32_matmul_precision("high")  # calibration in TF32
     s.run_id = from_rank0(s.run_id or Path(s.resume).stem or str(uuid.uuid4()))
     limit = s.artifact_limit - len(source)
@@ -2259,7 +2264,7 @@ def main() -> int:
         status = STOPPED_STATUS
     except (Exception, KeyboardInterrupt) as e:
         hooks.on_error(e)
-        status = STOPPED_STATUS if hooks.should_stop() else 2  # it failed because others stopped
+        status = STOPPED_STATUS if hooks.should_stop() else 2  # since others stopped
         if status == 2 and isinstance(e, (RunError, OSError, KeyboardInterrupt)):
             who = f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
             print(f"train_gpt.py: {who}error: {str(e) or 'interrupted'}", file=sys.stderr)

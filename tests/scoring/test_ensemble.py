@@ -8,7 +8,16 @@ import torch
 
 import train_gpt as T
 from tests import tiny
-from tests.helpers import PerTarget, byte_tables, changed, made_up_tokens, random_model, round_trip, settings
+from tests.helpers import (
+    PerTarget,
+    byte_tables,
+    changed,
+    made_up_tokens,
+    random_model,
+    round_trip,
+    settings,
+    with_documents,
+)
 
 STREAMING = dict(EVAL_MODE="streaming", EVAL_SEQ_LEN=24, TTT_CHUNK_TOKENS=16, TTT_LR=0.02, TTT_EPOCHS=1)
 EXPERTS = "lr=0;lr=0.05,chunk=8;lr=0.02,decay=0.1;lr=0.01,epochs=2"
@@ -225,6 +234,48 @@ def test_each_expert_reads_as_if_it_were_alone(n):
     torch.testing.assert_close(mixed, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_an_expert_that_forgets_learns_a_document_from_the_artifacts_weights():
+    """Behind the chunk in which it begins, and from that chunk."""
+    tokens = with_documents(made_up_tokens(151), every=50)  # BOS at 0, 50, 100, 150
+
+    class Watch(T.Hooks):
+        forgot, chunks = 0, []
+
+        def on_forget(self, learner):
+            self.forgot += 1
+            assert all(map(torch.equal, learner.weights, learner.first))
+
+        def on_chunk(self, ttt):
+            self.chunks.append(T.copies(ttt.learner.weights))
+
+    watch = Watch()
+    evaluation_of(tokens, watch, TTT_EXPERTS="lr=0.05,forget=1").ttt.run()
+    assert watch.forgot == 2  # chunk 0 and the last are not learnt from
+
+    # chunk 2, positions 40 to 55, is learnt from as if nothing had been learnt before
+    s = settings(**STREAMING | dict(TTT_LR=0.05, TTT_DECAY=0))
+    model = random_model(s)
+    scorer = T.Scorer(model, tokens.int(), byte_tables(), s.eval_seq_len, 64)
+    mode = T.StreamingMode(s, scorer, T.Learner(model, s))
+    for chunk in range(3):
+        mode.score_chunk(chunk)
+    mode.learn_chunk(2, 1)
+    for found, weight in zip(watch.chunks[2], mode.learner.weights, strict=True):
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-4)
+
+
+def test_forgetting_knows_no_later_beginning():
+    tokens = with_documents(made_up_tokens(151), every=50)
+    one, *_ = mixture_of(tokens, TTT_EXPERTS="lr=0.05,forget=1")
+    kept, *_ = mixture_of(tokens, TTT_EXPERTS="lr=0.05")
+    assert torch.equal(one[:56], kept[:56]) and not torch.equal(one[56:72], kept[56:72])
+    for i in (30, 60, 90, 120):
+        other = tokens.clone()
+        other[i] = T.BOS
+        again, *_ = mixture_of(other, TTT_EXPERTS="lr=0.05,forget=1")
+        assert torch.equal(again[: i - 1], one[: i - 1]) and not torch.equal(again, one)
+
+
 @pytest.mark.slow
 def test_no_mixed_score_knows_a_later_token():
     tokens = torch.as_tensor(made_up_tokens(151))
@@ -337,7 +388,7 @@ def test_experts_share_the_time_and_those_that_have_none_are_dropped(limit, read
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("lr=0;rate=1", "TTT_EXPERTS: 'rate' is none of lr, decay, epochs, muon, chunk"),
+        ("lr=0;rate=1", "TTT_EXPERTS: 'rate' is none of lr, decay, epochs, muon, forget, chunk"),
         ("lr=0,", "TTT_EXPERTS: '' is none of"),
         ("lr=0;lr", "TTT_LR='': allowed is a number from 0"),
         ("lr=0;lr=-1", "TTT_LR='-1': allowed is a number from 0"),

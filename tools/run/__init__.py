@@ -118,6 +118,11 @@ class HookGroup(Hooks):
         for hook in self.hooks:
             hook.on_update(learner)
 
+    def on_forget(self, learner: Learner) -> None:
+        """Weights went back to the artifact's."""
+        for hook in self.hooks:
+            hook.on_forget(learner)
+
     def on_chunk(self, ttt: TestTimeTraining) -> None:
         """A chunk was scored and learnt from."""
         for hook in self.hooks:

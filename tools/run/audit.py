@@ -2,7 +2,7 @@
 
     positions  Each stage scores each target of the validation shards' text exactly once.
     order      An update learns from targets scored before; chunks follow each other without gap or overlap.
-    weights    Nothing but an update changes them, and every stage starts from the artifact's.
+    weights    Nothing changes them but an update, or going back to the artifact's, with which stages start.
     sums       Of some targets all tokens' probabilities sum to 1, and the target's is the one recorded.
     reads      Some reads are repeated with all tokens behind a random one replaced: bitwise the same before;
                and with all before its document replaced, if documents are apart: bitwise the same in it.
@@ -365,6 +365,14 @@ class Audit(T.Hooks):
         """From here on the weights are others."""
         if stage := self.stage:
             with self.aside(wait=stage.replay is not None):
+                stage.trust(bits=stage.replay is not None)
+
+    def on_forget(self, learner: T.Learner) -> None:
+        """See that weights are the artifact's again."""
+        if stage := self.stage:
+            with self.aside(wait=False):
+                if fingerprint(stage.model) != self.bits:
+                    stage.fail("weights", "what was learnt is not forgotten")
                 stage.trust(bits=stage.replay is not None)
 
     def on_chunk(self, ttt: T.TestTimeTraining) -> None:

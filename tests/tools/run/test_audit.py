@@ -43,6 +43,7 @@ MODES = {
     "windows, SGD": WINDOWS | dict(TTT_MUON=0),
     "stream, Muon": STREAM,
     "stream, SGD": STREAM | dict(TTT_MUON=0),
+    "stream that forgets": STREAM | dict(TTT_FORGET=1),
     "experts": EXPERTS,
     "experts and n-grams": EXPERTS | dict(TTT_CACHE=3),
 }
@@ -267,6 +268,7 @@ class Trial:
             TTT_DECAY=choose.choice([0, 0.1]),
             TTT_GRAD_CLIP=choose.choice([0, 1]),
             TTT_LR=choose.choice([0.002, 0.02]),
+            TTT_FORGET=choose.randrange(2),
             TTT_ENTROPY_ADAPT=choose.randrange(2),
         )
 
@@ -747,6 +749,21 @@ class CarriesOn(T.StreamingMode):
     def __init__(self, s, scorer, learner):
         super().__init__(s, scorer, learner)
         T.copy_weights(learner.weights, [w * 1.001 for w in learner.weights])
+
+
+class ForgetsHalf(T.StreamingMode):
+    """What is called forgetting keeps half of what was learnt."""
+
+    def learn_chunk(self, chunk, epochs):
+        super().learn_chunk(chunk, epochs)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.learner.weights, self.learner.first, 0.5)
+        self.learner.hooks.on_forget(self.learner)
+
+
+def test_what_is_only_half_forgotten_is_named(here):
+    *_, found = audited(STREAM, **stream(ForgetsHalf))
+    assert "weights" in found["failed"] and "is not forgotten" in " ".join(found["violations"])
 
 
 MIXTURES = {
